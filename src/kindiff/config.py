@@ -46,8 +46,12 @@ class DiTConfig:
     """Side of a patch, in input cells."""
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over the width."""
-    learned_range: bool = False
-    """Whether the output has a second half that sets the variance (the epsilon objective's learned range)."""
+    objective: Literal["flow", "epsilon"] = "flow"
+    """What the output is: flow, the velocity; epsilon, the noise and a second half that sets the variance."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """Noise schedule of an epsilon model."""
+    autoencoder: str = ""
+    """SHA-256 of the autoencoder whose latents the model works on; empty for pixels."""
 
     def __post_init__(self) -> None:
         for name in ("input_size", "channels", "num_classes", "width", "depth", "heads", "patch"):
@@ -71,7 +75,7 @@ class DiTConfig:
 
     @property
     def out_channels(self) -> int:
-        return self.channels * 2 if self.learned_range else self.channels
+        return self.channels * 2 if self.objective == "epsilon" else self.channels
 
     def matrix_shape(self, matrix: str) -> tuple[int, int]:
         """(features out, features in) of one of MATRICES."""
@@ -81,14 +85,17 @@ class DiTConfig:
 
     @staticmethod
     def preset(
-        name: str, *, num_classes: int, input_size: int = 32, channels: int = 4, learned_range: bool = False
+        name: str,
+        *,
+        num_classes: int,
+        input_size: int = 32,
+        channels: int = 4,
+        objective: Literal["flow", "epsilon"] = "flow",
     ) -> DiTConfig:
         """A published size and patch, e.g. `DiT-L/2`. Sizes T, S, B, L, XL; patches 1, 2, 4, 8."""
-        width, depth, heads, patch = _parse_preset(name)
-        return DiTConfig(
-            input_size=input_size, channels=channels, num_classes=num_classes, width=width, depth=depth,
-            heads=heads, patch=patch, learned_range=learned_range,
-        )  # fmt: skip
+        return BackboneConfig(preset=name).build(
+            input_size=input_size, channels=channels, num_classes=num_classes, objective=objective
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,14 +113,23 @@ class BackboneConfig:
     patch: int = 4
     """Side of a patch."""
 
-    def build(self, *, input_size: int, channels: int, num_classes: int, learned_range: bool) -> DiTConfig:
+    def build(
+        self,
+        *,
+        input_size: int,
+        channels: int,
+        num_classes: int,
+        objective: Literal["flow", "epsilon"] = "flow",
+        schedule: Literal["linear", "cosine"] = "linear",
+        autoencoder: str = "",
+    ) -> DiTConfig:
         """The whole DiTConfig, once the data is known."""
         width, depth, heads, patch = (
             _parse_preset(self.preset) if self.preset else (self.width, self.depth, self.heads, self.patch)
         )
         return DiTConfig(
             input_size=input_size, channels=channels, num_classes=num_classes, width=width, depth=depth,
-            heads=heads, patch=patch, learned_range=learned_range,
+            heads=heads, patch=patch, objective=objective, schedule=schedule, autoencoder=autoencoder,
         )  # fmt: skip
 
 

@@ -1,0 +1,160 @@
+"""Files: tensors in safetensors, everything else in JSON, directories that appear whole or not at all.
+
+Nothing is pickled. A directory is written under a temporary name beside its target, synced, then renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from kindiff.errors import BadFileError
+
+FORMAT = 1
+MAX_JSON = 64 * 2**20
+
+
+@contextlib.contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """Write a directory's files into what this yields; on success it becomes `target`, replacing an older one.
+
+    On any failure (a full disk, an interruption) the temporary directory is removed and an existing target is
+    left as it was.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in sorted(temporary.rglob("*")):
+            _sync(path)
+        _sync(temporary)
+        if target.exists():
+            retired = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.old"
+            target.rename(retired)
+            temporary.rename(target)
+            shutil.rmtree(retired)
+        else:
+            temporary.rename(target)
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replace one file atomically."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.write_bytes(content)
+        _sync(temporary)
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON with sorted keys and a final newline, replacing an older file atomically."""
+    write_file(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; BadFileError when the file is none, has a key twice, or is absurdly large."""
+    if path.stat().st_size > MAX_JSON:
+        raise BadFileError(f"{path} has {path.stat().st_size} bytes; a description is never that large.")
+    try:
+        value = json.loads(path.read_bytes(), object_pairs_hook=_no_key_twice)
+    except (ValueError, RecursionError) as error:
+        raise BadFileError(f"{path} is not valid JSON ({error}); it is damaged or not a kindiff file.") from None
+    if not isinstance(value, dict):
+        raise BadFileError(f"{path} holds {type(value).__name__}, not an object; it is not a kindiff file.")
+    return value
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Tensors as one safetensors file. Equal contents give equal bytes."""
+    path.write_bytes(save({k: v.detach().contiguous() for k, v in tensors.items()}, dict(metadata or {})))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; BadFileError names a truncated or foreign file."""
+    with open_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file open for reading single tensors and its metadata."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise BadFileError(f"{path} is damaged or truncated ({error}); fetch or make it again.") from None
+
+
+def check_tensors(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """BadFileError unless a file's tensors have exactly the wanted names, shapes and dtypes."""
+    missing = sorted(wanted.keys() - found.keys())
+    extra = sorted(found.keys() - wanted.keys())
+    if missing or extra:
+        fault = f"lacks {missing[0]!r}" if missing else f"has the unknown tensor {extra[0]!r}"
+        raise BadFileError(
+            f"{path} is of another architecture: it {fault} ({len(missing)} missing, {len(extra)} unknown); "
+            "use the config.json that it was saved with."
+        )
+    for name, tensor in wanted.items():
+        if found[name].shape != tensor.shape or found[name].dtype != tensor.dtype:
+            raise BadFileError(
+                f"{path} is of another architecture: {name} is {_kind(found[name])}, the config asks for "
+                f"{_kind(tensor)}; use the config.json that it was saved with."
+            )
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bits, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {_kind(tensor)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

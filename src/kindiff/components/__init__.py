@@ -1,0 +1,22 @@
+"""The method: factored matrices, gates, taking models apart and putting them together."""
+
+from kindiff.components.algebra import Factors, canonical, svd
+from kindiff.components.build import factorize
+from kindiff.components.files import load_components, save_components
+from kindiff.components.gates import SoftGate, TableGate
+from kindiff.components.linear import ComponentLinear
+from kindiff.components.parts import Components, decompose
+
+__all__ = [
+    "ComponentLinear",
+    "Components",
+    "Factors",
+    "SoftGate",
+    "TableGate",
+    "canonical",
+    "decompose",
+    "factorize",
+    "load_components",
+    "save_components",
+    "svd",
+]

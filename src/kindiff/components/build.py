@@ -1,0 +1,145 @@
+"""From a description of the structure to an empty model made of components, and from a dense model to one.
+
+S slots, K slots per sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from kindiff.classes import ClassSet
+from kindiff.components import algebra
+from kindiff.components.gates import SoftGate, TableGate
+from kindiff.components.linear import ComponentLinear
+from kindiff.config import MATRICES, DiTConfig, KindConfig, from_dict, to_dict
+from kindiff.errors import UsageError
+from kindiff.models.dit import DiT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structure:
+    """What config.json says of a model made of components."""
+
+    rank: int | None
+    """Learngene components of every matrix; null when they are folded into dense weights."""
+    tailor_rank: int
+    """Components of a tailor slot."""
+    slots: int
+    """Tailor slots."""
+    gate: Literal["table", "soft"] = "table"
+    """How ids choose slots."""
+    gate_width: int = 1
+    """Slots per sample of a table gate."""
+    targets: tuple[str, ...] = MATRICES
+    """The matrices that have tailors."""
+
+    def __post_init__(self) -> None:
+        if min(self.tailor_rank, self.slots) < 0 or self.gate_width < 1 or (self.rank or 1) < 1:
+            raise UsageError(f"a structure has ranks, slots and a gate width above zero, not {self}.")
+
+
+def build(config: DiTConfig, classes: ClassSet, structure: dict[str, Any]) -> DiT:
+    """An unfilled model of a structure (as stored in config.json). UsageError when it cannot be."""
+    return empty(config, classes, from_dict(Structure, structure, where="structure"))
+
+
+def empty(config: DiTConfig, classes: ClassSet, structure: Structure) -> DiT:
+    """A model whose components are not set yet."""
+
+    def linear(matrix: str, features_in: int, features_out: int) -> nn.Module:
+        check_rank(structure.rank, matrix, config)
+        return ComponentLinear(
+            features_in,
+            features_out,
+            rank=structure.rank,
+            slots=structure.slots,
+            tailor_rank=structure.tailor_rank if matrix in structure.targets else 0,
+        )
+
+    gate: nn.Module = (
+        SoftGate(len(classes), structure.slots, config.width)
+        if structure.gate == "soft"
+        else TableGate(len(classes), structure.gate_width)
+    )
+    return DiT(config, classes=classes, linear=linear, gate=gate, structure=to_dict(structure))
+
+
+def check_rank(rank: int | None, matrix: str, config: DiTConfig) -> None:
+    """UsageError when a learngene rank exceeds what the matrix can have."""
+    full = min(config.matrix_shape(matrix))
+    if rank is not None and rank > full:
+        raise UsageError(
+            f"learngene rank {rank} is larger than the full rank {full} of matrix {matrix!r}; use 1 to {full}."
+        )
+
+
+def factorize(model: DiT, kind: KindConfig, *, seed: int = 0) -> DiT:
+    """A new, decomposable model from a dense one; the caller's model is not changed.
+
+    With init svd the largest singular components of each matrix become learngenes and the next ones are dealt
+    out to the classes in turn; components beyond the full rank start fresh (u zero). At learngene rank = full
+    rank the new model computes what the dense one did. UsageError for ranks that the matrices do not have.
+    """
+    if model.structure is not None:
+        raise UsageError("the model is already made of components; factorize takes a dense one.")
+    slots = len(model.classes)
+    structure = Structure(
+        rank=kind.learngene_rank,
+        tailor_rank=kind.tailor_rank,
+        slots=slots,
+        gate="soft" if kind.gate == "soft" else "table",
+        targets=kind.targets,
+    )
+    new = empty(model.config, model.classes, structure)
+    if isinstance(new.gate, TableGate):
+        new.gate.fill_([[i] for i in range(slots)])
+    new.load_state_dict(_outside_matrices(model), strict=False)
+    generator = torch.Generator().manual_seed(seed)
+    matrices = dict(model.named_matrices())
+    for name, layer in new.named_matrices():
+        assert isinstance(layer, ComponentLinear)
+        _fill_(layer, matrices[name], kind, slots, generator)
+    return new
+
+
+def _outside_matrices(model: DiT) -> dict[str, torch.Tensor]:
+    weights = {f"{name}.weight" for name, _ in model.named_matrices()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in weights}
+
+
+@torch.no_grad()
+def _fill_(
+    layer: ComponentLinear, dense: nn.Module, kind: KindConfig, slots: int, generator: torch.Generator
+) -> None:
+    weight_OI = dense.weight
+    assert isinstance(weight_OI, torch.Tensor)
+    dealt = slots * kind.tailor_rank if layer.has_tailors else 0
+    rank, wanted = kind.learngene_rank, kind.learngene_rank + dealt
+    active = rank + (kind.tailor_rank if dealt else 0)
+    if kind.init == "per-factor":
+        pool = algebra.random(wanted, *weight_OI.shape, active=active, generator=generator)
+    else:
+        pool = algebra.svd(weight_OI)
+        lacking = wanted - len(pool.sigma)
+        if lacking > 0:
+            blank = algebra.fresh(lacking, *weight_OI.shape, generator=generator)
+            pool = algebra.Factors(*(torch.cat(pair) for pair in zip(pool, blank, strict=True)))
+    scale = 1.0
+    if kind.init == "svd-rescaled":
+        energy = pool.sigma[:wanted].square()
+        on = energy[:rank].sum() + (energy[rank:].sum() / slots if dealt else 0.0)
+        scale = float((weight_OI.square().sum() / on).sqrt())
+    layer.u.copy_(pool.u[:rank])
+    layer.sigma.copy_(pool.sigma[:rank] * scale)
+    layer.v.copy_(pool.v[:rank])
+    if dealt:
+        # component rank + n * slots + s goes to slot s: each class gets a like share of every size
+        for slot in range(slots):
+            own = slice(rank + slot, wanted, slots)
+            layer.tailor_u[slot].copy_(pool.u[own])
+            layer.tailor_sigma[slot].copy_(pool.sigma[own] * scale)
+            layer.tailor_v[slot].copy_(pool.v[own])

@@ -1,0 +1,124 @@
+"""A components directory: config.json, learngenes.safetensors, tailors/<class>.safetensors.
+
+One class can be shipped alone, and reading some classes does not read the others. Each tailor file carries the
+hash of the learngenes that it fits. docs/formats.md describes the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kindiff import checkpoint
+from kindiff.classes import ClassSet
+from kindiff.components.build import Structure, empty
+from kindiff.components.parts import EMBEDDING, GATE, NULL_EMBEDDING, Components
+from kindiff.config import MATRICES, DiTConfig, from_dict, to_dict
+from kindiff.errors import BadFileError, UsageError
+
+
+def save_components(parts: Components, directory: str | Path) -> None:
+    """Write a components directory; it appears whole or not at all."""
+    fingerprint = parts.learngene_hash
+    with checkpoint.new_directory(Path(directory)) as folder:
+        description = {
+            "format": checkpoint.FORMAT,
+            "kind": "components",
+            "model": to_dict(parts.config),
+            "targets": list(parts.targets),
+            "learngene_rank": parts.learngene_rank,
+            "learngenes": fingerprint,
+            "classes": list(parts.classes),
+        }
+        checkpoint.write_json(folder / "config.json", description)
+        checkpoint.write_tensors(folder / "learngenes.safetensors", parts.learngenes)
+        (folder / "tailors").mkdir()
+        for name, tensors in parts.tailors.items():
+            metadata = {"class": name, "learngenes": fingerprint}
+            checkpoint.write_tensors(folder / "tailors" / f"{name}.safetensors", tensors, metadata)
+
+
+def load_components(directory: str | Path, classes: Iterable[str] | None = None) -> Components:
+    """Read a components directory; of the tailors only those of `classes` (None: all) are opened.
+
+    Raises FileNotFoundError, UsageError for a class it does not list, or BadFileError naming the file that is
+    damaged, of other shapes, or a tailor of other learngenes.
+    """
+    folder = Path(directory)
+    description = _description(folder)
+    config = from_dict(DiTConfig, description["model"])
+    listed = ClassSet(tuple(description["classes"]))
+    wanted = listed.names if classes is None else tuple(classes)
+    listed.ids(wanted)
+    targets = tuple(description["targets"])
+
+    path = folder / "learngenes.safetensors"
+    learngenes = checkpoint.read_tensors(path)
+    checkpoint.check_tensors(path, learngenes, _learngenes_wanted(config, description["learngene_rank"], listed))
+    tailors = {name: _read_tailor(folder, name, config, targets, description["learngenes"]) for name in wanted}
+    parts = Components(config, targets, learngenes, tailors)
+    if parts.learngene_hash != description["learngenes"]:
+        raise BadFileError(f"{path} is damaged: its hash is not the one in config.json; fetch or make it again.")
+    return parts
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no components directory: it has no config.json.")
+    description = checkpoint.read_json(path)
+    if description.get("kind") != "components" or description.get("format") != checkpoint.FORMAT:
+        raise BadFileError(
+            f"{path} describes {description.get('kind')!r}, format {description.get('format')!r}; components of "
+            f"format {checkpoint.FORMAT} are wanted (make them with `kindiff decompose`)."
+        )
+    try:
+        from_dict(DiTConfig, description.get("model"))
+        ClassSet(tuple(description.get("classes") or ()))
+        rank, targets = description["learngene_rank"], description["targets"]
+        sound = type(rank) is int and 0 < rank < 2**20 and isinstance(description["learngenes"], str)
+        if not sound or not isinstance(targets, list) or not set(targets) <= set(MATRICES):
+            raise UsageError("learngene_rank, learngenes or targets is not what it should be")
+    except (UsageError, TypeError, KeyError) as error:
+        raise BadFileError(f"{path} is damaged: {error}") from None
+    return description
+
+
+def _learngenes_wanted(config: DiTConfig, rank: int, classes: ClassSet) -> dict[str, Tensor]:
+    """Names, shapes and dtypes of the learngenes, on the meta device."""
+    with torch.device("meta"):
+        model = empty(config, classes, Structure(rank=rank, tailor_rank=0, slots=0))
+        wanted = {
+            name: tensor
+            for name, tensor in model.state_dict().items()
+            if name != "class_embed.weight" and not name.startswith(GATE)
+        }
+        wanted[NULL_EMBEDDING] = torch.empty(config.width)
+    return wanted
+
+
+def _read_tailor(
+    folder: Path, name: str, config: DiTConfig, targets: tuple[str, ...], learngenes: str
+) -> dict[str, Tensor]:
+    path = folder / "tailors" / f"{name}.safetensors"
+    with checkpoint.open_tensors(path) as file:
+        metadata = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if metadata.get("class") != name or metadata.get("learngenes") != learngenes:
+        raise BadFileError(
+            f"{path} is the tailor of class {metadata.get('class')!r} for other learngenes; a tailor only fits "
+            "the learngenes that it was trained with."
+        )
+    wanted = {EMBEDDING: torch.empty(config.width, device="meta")}
+    for i in range(config.depth):
+        for matrix in targets:
+            key, (features_out, features_in) = f"blocks.{i}.{matrix}", config.matrix_shape(matrix)
+            rank = len(tensors.get(f"{key}.sigma", torch.empty(0)))
+            for leaf, shape in (("u", (rank, features_out)), ("sigma", (rank,)), ("v", (rank, features_in))):
+                wanted[f"{key}.{leaf}"] = torch.empty(shape, device="meta")
+    checkpoint.check_tensors(path, tensors, wanted)
+    return tensors

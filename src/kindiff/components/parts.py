@@ -1,0 +1,309 @@
+"""Taking a model apart into learngenes and tailors, and putting models together from them.
+
+Everything here is functional: parts in, a new model out, bit-equal each time.
+
+C classes, D width, N components of a tailor, R learngene components.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kindiff.checkpoint import hash_tensors
+from kindiff.classes import ClassSet
+from kindiff.components import algebra
+from kindiff.components.algebra import Factors
+from kindiff.components.build import Structure, check_rank, empty
+from kindiff.components.gates import TableGate
+from kindiff.components.linear import ComponentLinear
+from kindiff.config import MATRICES, DiTConfig
+from kindiff.errors import UsageError
+from kindiff.models.dit import DiT
+from kindiff.models.layers import Linear
+
+Layers = Literal["auto", "factored", "dense", "merged"]
+"""How recombined matrices are held. factored: as components. dense: learngenes as one weight, tailors as
+components. auto: the cheaper of the two. merged: one class, everything in one weight, no gate."""
+
+EMBEDDING = "class_embed"
+NULL_EMBEDDING = "null_embed"
+GATE = "gate."
+
+
+@dataclass(frozen=True)
+class Components:
+    """The parts of a decomposable model: learngenes and one tailor for each class.
+
+    learngenes: tensors by name, everything that is not a class's (factors, dense layers, the null embedding).
+    tailors: for each class its tensors: for each matrix u (N, O), sigma (N,), v (N, I) and the embedding (D,).
+    """
+
+    config: DiTConfig
+    targets: tuple[str, ...]
+    learngenes: dict[str, Tensor]
+    tailors: dict[str, dict[str, Tensor]]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.tailors)
+
+    @property
+    def learngene_rank(self) -> int:
+        """N_G, the learngene components of every matrix."""
+        return len(self.learngenes["blocks.0.q.sigma"])
+
+    @property
+    def tailor_rank(self) -> int:
+        """N_T, the components of the largest tailor (0 without classes or targets)."""
+        if not self.targets:
+            return 0
+        return max((len(t[f"blocks.0.{self.targets[0]}.sigma"]) for t in self.tailors.values()), default=0)
+
+    @property
+    def learngene_hash(self) -> str:
+        """SHA-256 of the learngenes: a tailor only fits the learngenes that it was trained with."""
+        return hash_tensors(self.learngenes)
+
+    def recombine(
+        self, classes: Iterable[str] | None = None, *, learngene_rank: int | None = None, layers: Layers = "auto"
+    ) -> DiT:
+        """A new model of the wanted classes (None: all), smaller by the tailors left out.
+
+        learngene_rank: keep that many components of the learngenes' canonical form; None: the learngenes as
+        they are, and the model equals the one taken apart to the bit. UsageError for an unknown class, a class
+        asked twice, a rank that the parts do not hold, or layers="merged" with more than one class.
+        """
+        known = ClassSet(self.classes)
+        wanted = ClassSet(tuple(self.classes if classes is None else classes))
+        known.ids(wanted.names)
+        if learngene_rank is not None and not 1 <= learngene_rank <= self.learngene_rank:
+            raise UsageError(
+                f"learngene rank {learngene_rank} is not in the parts; they hold {self.learngene_rank} components, "
+                f"so use 1 to {self.learngene_rank}."
+            )
+        if layers == "merged" and len(wanted) > 1:
+            raise UsageError(
+                f"merged layers hold one class and {len(wanted)} are asked for; recombine each class by itself or "
+                "use factored or dense layers."
+            )
+        rank = learngene_rank or self.learngene_rank
+        if layers == "auto":
+            layers = "factored" if factored_is_cheaper(self.config, rank) else "dense"
+        model = self._assemble(wanted, learngene_rank, dense=layers != "factored")
+        return _merge(model) if layers == "merged" else model
+
+    def with_new_tailors(
+        self,
+        classes: Iterable[str],
+        *,
+        rank: int,
+        share: Literal["class", "task"] = "class",
+        targets: tuple[str, ...] = MATRICES,
+        nearest: Mapping[str, str] | None = None,
+        train_also: tuple[Literal["bias", "final"], ...] = (),
+        seed: int = 0,
+    ) -> DiT:
+        """A model of new classes on these learngenes, frozen; only fresh tailors and class embeddings train.
+
+        rank: N_T of the new tailors. share: a tailor for each class, or one for the whole task. nearest: for a
+        new class the existing class whose tailor and embedding it starts from (its first `rank` components);
+        the others start at zero with the mean embedding. train_also: learngene parts that train too. The
+        parameters that train are those with requires_grad. UsageError for a class asked twice or a rank that
+        is too large.
+        """
+        wanted = ClassSet(tuple(classes))
+        known = ClassSet(self.classes) if self.classes else None
+        nearest = dict(nearest or {})
+        full = min(min(self.config.matrix_shape(matrix)) for matrix in MATRICES)
+        if not 1 <= rank <= full:
+            raise UsageError(f"tailor rank {rank} is not possible; the matrices allow 1 to {full}.")
+        if known is None and nearest:
+            raise UsageError("no tailor to start from: these parts hold learngenes only; use a fresh start.")
+        if share == "task" and nearest:
+            raise UsageError("one tailor for the whole task cannot start from several classes' tailors.")
+        generator = torch.Generator().manual_seed(seed)
+        mean = self.learngenes[NULL_EMBEDDING]
+        if self.tailors:
+            mean = torch.stack([tailor[EMBEDDING] for tailor in self.tailors.values()]).mean(dim=0)
+        shapes = {m: self.config.matrix_shape(m) for m in targets}
+        names = [f"blocks.{i}.{m}" for i in range(self.config.depth) for m in targets]
+        tailors: dict[str, dict[str, Tensor]] = {}
+        for name in wanted.names:
+            parent = self.tailors[known.names[known.id(nearest[name])]] if known and name in nearest else None
+            tensors = {EMBEDDING: mean if parent is None else parent[EMBEDDING]}
+            for matrix in names:
+                blank = algebra.fresh(rank, *shapes[matrix.rsplit(".", 1)[1]], generator=generator)
+                if parent is not None and f"{matrix}.sigma" in parent:
+                    old = _factors(parent, matrix).first(rank)
+                    blank = Factors(*(torch.cat([a, b[len(a) :]]) for a, b in zip(old, blank, strict=True)))
+                tensors |= _named(matrix, blank)
+            tailors[name] = tensors
+        parts = dataclasses.replace(
+            self, config=_with_classes(self.config, len(wanted)), targets=targets, tailors=tailors
+        )
+        model = parts._assemble(wanted, None, dense=False, slots=1 if share == "task" else None)
+        return _freeze_learngenes(model, train_also)
+
+    def extended(self, other: Components) -> Components:
+        """These parts and the tailors of others that stand on the same learngenes.
+
+        UsageError when the learngenes differ, or a class stands in both.
+        """
+        if self.learngene_hash != other.learngene_hash:
+            raise UsageError("the two parts have different learngenes; a tailor only fits its own.")
+        merged = ClassSet(self.classes + other.classes)
+        return dataclasses.replace(
+            self,
+            config=_with_classes(self.config, len(merged)),
+            targets=tuple(m for m in MATRICES if m in {*self.targets, *other.targets}),
+            tailors={**self.tailors, **other.tailors},
+        )
+
+    @torch.no_grad()
+    def _assemble(
+        self, wanted: ClassSet, learngene_rank: int | None, *, dense: bool, slots: int | None = None
+    ) -> DiT:
+        rank = learngene_rank or self.learngene_rank
+        slots = len(wanted) if slots is None else slots
+        tailor_rank = self._rank_of(wanted)
+        structure = Structure(
+            rank=None if dense else rank, tailor_rank=tailor_rank, slots=slots, targets=self.targets
+        )
+        model = empty(_with_classes(self.config, len(wanted)), wanted, structure)
+        model.to(self.learngenes[NULL_EMBEDDING].dtype)
+        state = dict(model.state_dict())
+        rows = [self.tailors[name][EMBEDDING] for name in wanted.names] + [self.learngenes[NULL_EMBEDDING]]
+        state["class_embed.weight"].copy_(torch.stack(rows))
+        matrices = {name for name, _ in model.named_matrices()}
+        for name, tensor in self.learngenes.items():
+            owner, _, leaf = name.rpartition(".")
+            if name != NULL_EMBEDDING and not (owner in matrices and leaf in Factors._fields):
+                state[name].copy_(tensor)
+        for name, layer in model.named_matrices():
+            assert isinstance(layer, ComponentLinear)
+            learngenes = _factors(self.learngenes, name)
+            if learngene_rank is not None and learngene_rank < len(learngenes.sigma):
+                learngenes = algebra.canonical(learngenes).first(rank)
+            if dense:
+                layer.weight.copy_(learngenes.dense())
+            else:
+                layer.u.copy_(learngenes.u)
+                layer.sigma.copy_(learngenes.sigma)
+                layer.v.copy_(learngenes.v)
+            if layer.has_tailors:
+                for slot in range(slots):
+                    _fill_slot_(layer, slot, self.tailors[wanted.names[slot]], name)
+        assert isinstance(model.gate, TableGate)
+        model.gate.fill_([[min(i, slots - 1)] for i in range(len(wanted))])
+        return model
+
+    def _rank_of(self, wanted: ClassSet) -> int:
+        if not self.targets:
+            return 0
+        key = f"blocks.0.{self.targets[0]}.sigma"
+        return max(len(self.tailors[name].get(key, ())) for name in wanted.names)
+
+
+def factored_is_cheaper(config: DiTConfig, rank: int) -> bool:
+    """Whether learngenes of this rank cost fewer multiplications as components than as dense weights."""
+    shapes = [config.matrix_shape(matrix) for matrix in MATRICES]
+    return rank * sum(o + i for o, i in shapes) < sum(o * i for o, i in shapes)
+
+
+@torch.no_grad()
+def decompose(model: DiT) -> Components:
+    """Take a model apart; the parts are copies. UsageError for a model that is not made of components.
+
+    Where a class has several slots or soft weights, its tailor is their sum: the components of all its slots,
+    sigma scaled by the gate's weight.
+    """
+    if model.structure is None or model.structure["rank"] is None:
+        raise UsageError(
+            "the model has dense matrices; only a model made of factored components can be decomposed "
+            "(pre-train with method kind, or factorize it)."
+        )
+    assert model.gate is not None
+    rows = model.class_embed.weight
+    ids = torch.arange(len(model.classes))
+    gating = model.gate(ids, rows[:-1])
+    matrices = dict(model.named_matrices())
+    learngenes = {
+        name: tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if ".tailor_" not in name and name != "class_embed.weight" and not name.startswith(GATE)
+    }
+    learngenes[NULL_EMBEDDING] = rows[-1].clone()
+    tailors: dict[str, dict[str, Tensor]] = {}
+    for i, name in enumerate(model.classes.names):
+        tensors = {EMBEDDING: rows[i].clone()}
+        for matrix, layer in matrices.items():
+            if isinstance(layer, ComponentLinear) and layer.has_tailors:
+                slots_K, weights_K = gating.slots_BK[i], gating.weights_BK[i]
+                own = Factors(
+                    layer.tailor_u[slots_K].flatten(0, 1),
+                    (layer.tailor_sigma[slots_K] * weights_K.unsqueeze(1)).flatten(),
+                    layer.tailor_v[slots_K].flatten(0, 1),
+                )
+                tensors |= _named(matrix, own)
+        tailors[name] = tensors
+    return Components(model.config, tuple(model.structure["targets"]), learngenes, tailors)
+
+
+@torch.no_grad()
+def _merge(model: DiT) -> DiT:
+    """A dense model of the single class, its tailor folded in; it has no class-agnostic part any more."""
+    assert model.gate is not None
+    gating = model.gate(torch.zeros(1, dtype=torch.int64), model.class_embed.weight[:1])
+    new = DiT(model.config, classes=model.classes)
+    state = {k: v.clone() for k, v in model.state_dict().items() if k in new.state_dict()}
+    new.load_state_dict(state, strict=False)
+    for (_, source), (_, target) in zip(model.named_matrices(), new.named_matrices(), strict=True):
+        assert isinstance(source, ComponentLinear)
+        assert isinstance(target, Linear)
+        target.weight.copy_(source.merged_weight(gating))
+    return new
+
+
+def _freeze_learngenes(model: DiT, train_also: tuple[Literal["bias", "final"], ...]) -> DiT:
+    matrices = {name for name, _ in model.named_matrices()}
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        parameter.requires_grad_(
+            leaf.startswith("tailor_")
+            or owner == "class_embed"
+            or ("bias" in train_also and owner in matrices and leaf == "bias")
+            or ("final" in train_also and name.startswith("final."))
+        )
+    return model
+
+
+def _fill_slot_(layer: ComponentLinear, slot: int, tailor: Mapping[str, Tensor], matrix: str) -> None:
+    """Copy one class's components into a slot; a smaller tailor is padded with components of sigma zero."""
+    room = layer.tailor_sigma.shape[1]
+    own = _factors(tailor, matrix) if f"{matrix}.sigma" in tailor else None
+    count = 0 if own is None else len(own.sigma)
+    for bank, tensor in zip(
+        (layer.tailor_u, layer.tailor_sigma, layer.tailor_v), own or (None, None, None), strict=True
+    ):
+        if count < room:
+            bank[slot].zero_()
+        if tensor is not None:
+            bank[slot, :count].copy_(tensor)
+
+
+def _with_classes(config: DiTConfig, count: int) -> DiTConfig:
+    return dataclasses.replace(config, num_classes=count)
+
+
+def _factors(tensors: Mapping[str, Tensor], matrix: str) -> Factors:
+    return Factors(tensors[f"{matrix}.u"], tensors[f"{matrix}.sigma"], tensors[f"{matrix}.v"])
+
+
+def _named(matrix: str, factors: Factors) -> dict[str, Tensor]:
+    return {f"{matrix}.u": factors.u.clone(), f"{matrix}.sigma": factors.sigma.clone(), f"{matrix}.v": factors.v.clone()}

@@ -1,0 +1,68 @@
+"""Layers of the transformer. A Linear takes a gate and ignores it, so that blocks need not know whether their
+matrices are dense or made of components.
+
+B batch, T tokens, I/O features in/out, K slots per sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Gating(NamedTuple):
+    """What a gate decides for a batch: which tailor slots are on for each sample, and how much.
+
+    slots_BK int64 slot numbers; weights_BK float32. A weight of zero switches the slot off.
+    """
+
+    slots_BK: Tensor
+    weights_BK: Tensor
+
+
+class Linear(nn.Linear):
+    """A dense matrix that accepts, and ignores, a gate."""
+
+    def forward(self, x: Tensor, gating: Gating | None = None) -> Tensor:
+        return super().forward(x)
+
+    @staticmethod
+    def together(layers: Sequence[Linear], x: Tensor, gating: Gating | None) -> list[Tensor]:
+        """Several dense layers on one input."""
+        return [layer(x) for layer in layers]
+
+
+def project(layers: Sequence[nn.Module], x: Tensor, gating: Gating | None) -> list[Tensor]:
+    """Apply layers that share their input (q, k, v); their type may share work among them."""
+    return type(layers[0]).together(layers, x, gating)  # type: ignore[attr-defined]
+
+
+def modulate(x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+    """adaLN: x (1 + scale) + shift, one scale and shift a sample."""
+    return x_BTD * (1 + scale_BD.unsqueeze(1)) + shift_BD.unsqueeze(1)
+
+
+def timestep_features(t_B: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoidal features of the timestep (Vaswani et al. 2017; cosines first, as in DiT): (B, width)."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, device=t_B.device).float())
+    angles = t_B.float().unsqueeze(1) * frequencies.unsqueeze(0)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def position_table(width: int, side: int) -> Tensor:
+    """Fixed 2-D sin-cos positions of side x side patches, row by row (He et al. 2022): (side * side, width).
+
+    The first half of the width encodes the column, the second the row; sines before cosines, as in DiT.
+    """
+    quarter = width // 4
+    omega = 1.0 / 10_000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(side, dtype=torch.float64).unsqueeze(1) * omega
+    one_axis = torch.cat([angles.sin(), angles.cos()], dim=1)
+    columns = one_axis.repeat(side, 1)
+    rows = one_axis.repeat_interleave(side, dim=0)
+    return torch.cat([columns, rows], dim=1).float()
