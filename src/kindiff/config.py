@@ -241,6 +241,8 @@ class TrainConfig:
     """Steps between checkpoints."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
+    device: str = "auto"
+    """auto (a GPU when there is one), cpu, cuda, cuda:1."""
     tensorboard: bool = False
     """Write TensorBoard events too (extra: tensorboard)."""
 
@@ -270,11 +272,29 @@ class SampleConfig:
     """Images drawn at once."""
     precision: Literal["bf16", "fp32"] = "fp32"
     """Arithmetic of the matrix products."""
+    device: str = "auto"
+    """auto (a GPU when there is one), cpu, cuda, cuda:1."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """Shape of the small autoencoder: images to latents four times smaller a side."""
+
+    channels: int = 4
+    """Latent channels."""
+    width: int = 32
+    """Channels of its convolutions at half resolution; twice that at a quarter."""
+
+    def __post_init__(self) -> None:
+        if self.channels < 1 or self.width < 8 or self.width % 8 or max(self.channels, self.width) > 4096:
+            raise UsageError(
+                f"an autoencoder has 1 or more channels and a width that is a multiple of 8, not {self}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,73 @@
+"""Progress on stderr: a live bar on a terminal, a line now and then elsewhere. Results go to stdout."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINE_EVERY = 10.0
+"""Seconds between lines where there is no terminal."""
+
+
+class Track:
+    """Counts work with a rate and an estimate of the time left.
+
+    Use as `with Track("sampling", total, unit="images") as track: track.advance(8)`.
+    """
+
+    def __init__(self, label: str, total: int, *, unit: str, done: int = 0) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.done = self.first = done
+        self.started = self.said = time.monotonic()
+        self.bar: Progress | None = None
+        if sys.stderr.isatty():
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(unit + "  {task.fields[note]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self.task = self.bar.add_task(label, total=total, completed=done, note="")
+
+    def __enter__(self) -> Track:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar:
+            self.bar.stop()
+        elif error is None and self.done > self.first:
+            self._line("")
+
+    def advance(self, count: int, note: str = "") -> None:
+        """Some more is done; the note (a loss, say) stands beside the count."""
+        self.done += count
+        note = f"{note}  {self.rate():.0f} {self.unit}/s"
+        if self.bar:
+            self.bar.update(self.task, completed=self.done, note=note)
+        elif time.monotonic() - self.said > LINE_EVERY:
+            self._line(note)
+
+    def rate(self) -> float:
+        """Units a second since the start."""
+        return (self.done - self.first) / max(time.monotonic() - self.started, 1e-9)
+
+    def _line(self, note: str) -> None:
+        self.said = time.monotonic()
+        left = (self.total - self.done) / max(self.rate(), 1e-9)
+        end = f"about {left:.0f} s left" if left > 0 else f"done in {self.said - self.started:.0f} s"
+        print(f"{self.label}: {self.done}/{self.total} {self.unit}{note and '  ' + note.strip()}, {end}", file=sys.stderr)
+
+
+def say(text: str) -> None:
+    """One line to stderr."""
+    print(text, file=sys.stderr, flush=True)

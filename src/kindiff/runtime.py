@@ -1,0 +1,66 @@
+"""Where things run: the device, the cache folder, and what a result must record of its machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kindiff.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = ("kindiff", "torch", "numpy", "scipy", "safetensors", "pillow")
+
+
+def cache_folder() -> Path:
+    """$KINDIFF_CACHE, else $XDG_CACHE_HOME/kindiff, else ~/.cache/kindiff."""
+    if folder := os.environ.get("KINDIFF_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kindiff"
+
+
+def device_of(name: str) -> torch.device:
+    """The torch device for `auto` (a GPU when there is one), `cpu`, `cuda`, `cuda:1`."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device {name!r} is unknown; use auto, cpu or cuda.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device {name!r} is asked for but this torch sees no GPU; use --device cpu or auto.")
+    return device
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes a result."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, memory and GPU, as a result records them."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpu": gpu,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
