@@ -1,0 +1,64 @@
+"""Where prepared sets that kindiff makes itself are kept, and how one is made once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from kindiff.data.manifest import MANIFEST
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes may both do the work; the later one's result stays
+    fcntl = None  # type: ignore[assignment]
+
+
+def cache_root() -> Path:
+    """$KINDIFF_CACHE, else $XDG_CACHE_HOME/kindiff, else ~/.cache/kindiff, as an absolute path."""
+    chosen = os.environ.get("KINDIFF_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser().absolute() / "kindiff"
+
+
+def made_once(target: Path, make: Callable[[Path], None]) -> Path:
+    """`target`, after `make(target)` if it is no prepared set yet.
+
+    Of several processes that ask at once (ranks, two terminals) one makes it and the others wait. OSError
+    with advice when the cache cannot be written.
+    """
+    if (target / MANIFEST).is_file():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = (target.parent / f".{target.name}.lock").open("w")
+    except OSError as error:
+        raise OSError(
+            f"the cache {target.parent} cannot be written ({error.strerror}); set KINDIFF_CACHE to a folder "
+            "that can."
+        ) from None
+    with lock, _locked(lock.fileno(), target):
+        if not (target / MANIFEST).is_file():
+            # Only a killed process leaves these, and nobody else works on this target now.
+            for left_over in target.parent.glob(f".{target.name}.*.tmp"):
+                shutil.rmtree(left_over, ignore_errors=True)
+            make(target)
+    return target
+
+
+@contextlib.contextmanager
+def _locked(descriptor: int, target: Path) -> Iterator[None]:
+    if fcntl is None:
+        yield
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"kindiff: waiting for another process that prepares {target}", file=sys.stderr)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    yield  # closing the file, or the end of the process, releases the lock
