@@ -298,6 +298,34 @@ class AutoencoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """Images to latents, with an autoencoder that is there or trained first."""
+
+    data: DataConfig = field(default_factory=lambda: DataConfig(size=64))
+    autoencoder: str = ""
+    """Directory of a trained autoencoder; empty to train one on these images."""
+    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    """Shape of the autoencoder to train."""
+    steps: int = 1500
+    """Optimiser steps of its training."""
+    batch: int = 32
+    """Images a step, and images encoded at once."""
+    lr: float = 2e-3
+    """Peak learning rate; falls to zero along a cosine."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Arithmetic of its training; encoding is fp32."""
+    seed: int = 0
+    """Seed of the weights, the order and the noise."""
+    device: str = "auto"
+    """auto (a GPU when there is one), cpu, cuda, cuda:1."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """One pre-training run: data, backbone, split, objective, loop."""
 

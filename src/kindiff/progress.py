@@ -22,6 +22,8 @@ class Track:
     def __init__(self, label: str, total: int, *, unit: str, done: int = 0) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.done = self.first = done
+        self.note = ""
+        """Stands beside the count: a loss, say."""
         self.started = self.said = time.monotonic()
         self.bar: Progress | None = None
         if sys.stderr.isatty():
@@ -48,10 +50,10 @@ class Track:
         elif error is None and self.done > self.first:
             self._line("")
 
-    def advance(self, count: int, note: str = "") -> None:
-        """Some more is done; the note (a loss, say) stands beside the count."""
+    def advance(self, count: int) -> None:
+        """Some more is done."""
         self.done += count
-        note = f"{note}  {self.rate():.0f} {self.unit}/s"
+        note = f"{self.note}  {self.rate():.0f} {self.unit}/s".strip()
         if self.bar:
             self.bar.update(self.task, completed=self.done, note=note)
         elif time.monotonic() - self.said > LINE_EVERY:
@@ -65,7 +67,7 @@ class Track:
         self.said = time.monotonic()
         left = (self.total - self.done) / max(self.rate(), 1e-9)
         end = f"about {left:.0f} s left" if left > 0 else f"done in {self.said - self.started:.0f} s"
-        print(f"{self.label}: {self.done}/{self.total} {self.unit}{note and '  ' + note.strip()}, {end}", file=sys.stderr)
+        print(f"{self.label}: {self.done}/{self.total} {self.unit}{note and '  ' + note}, {end}", file=sys.stderr)
 
 
 def say(text: str) -> None:

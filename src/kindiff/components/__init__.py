@@ -2,7 +2,7 @@
 
 from kindiff.components.algebra import Factors, canonical, svd
 from kindiff.components.build import factorize
-from kindiff.components.files import load_components, save_components
+from kindiff.components.files import load_autoencoder, load_components, save_components
 from kindiff.components.gates import SoftGate, TableGate
 from kindiff.components.linear import ComponentLinear
 from kindiff.components.parts import Components, decompose
@@ -16,6 +16,7 @@ __all__ = [
     "canonical",
     "decompose",
     "factorize",
+    "load_autoencoder",
     "load_components",
     "save_components",
     "svd",

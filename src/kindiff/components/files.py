@@ -19,10 +19,13 @@ from kindiff.components.build import Structure, empty
 from kindiff.components.parts import EMBEDDING, GATE, NULL_EMBEDDING, Components
 from kindiff.config import MATRICES, DiTConfig, from_dict, to_dict
 from kindiff.errors import BadFileError, UsageError
+from kindiff.models.autoencoder import Autoencoder
 
 
-def save_components(parts: Components, directory: str | Path) -> None:
-    """Write a components directory; it appears whole or not at all."""
+def save_components(parts: Components, directory: str | Path, *, autoencoder: Autoencoder | None = None) -> None:
+    """Write a components directory; it appears whole or not at all. Parts of a latent model need its autoencoder."""
+    if (autoencoder.fingerprint() if autoencoder else "") != parts.config.autoencoder:
+        raise UsageError("parts of a latent model are saved with its own autoencoder, those of a pixel model with none.")
     fingerprint = parts.learngene_hash
     with checkpoint.new_directory(Path(directory)) as folder:
         description = {
@@ -36,6 +39,9 @@ def save_components(parts: Components, directory: str | Path) -> None:
         }
         checkpoint.write_json(folder / "config.json", description)
         checkpoint.write_tensors(folder / "learngenes.safetensors", parts.learngenes)
+        if autoencoder is not None:
+            (folder / "autoencoder").mkdir()
+            autoencoder.write_files(folder / "autoencoder")
         (folder / "tailors").mkdir()
         for name, tensors in parts.tailors.items():
             metadata = {"class": name, "learngenes": fingerprint}
@@ -64,6 +70,12 @@ def load_components(directory: str | Path, classes: Iterable[str] | None = None)
     if parts.learngene_hash != description["learngenes"]:
         raise BadFileError(f"{path} is damaged: its hash is not the one in config.json; fetch or make it again.")
     return parts
+
+
+def load_autoencoder(directory: str | Path) -> Autoencoder | None:
+    """The autoencoder of a components directory, where its parts are a latent model's."""
+    folder = Path(directory) / "autoencoder"
+    return Autoencoder.from_pretrained(folder) if folder.is_dir() else None
 
 
 def _description(folder: Path) -> dict[str, Any]:

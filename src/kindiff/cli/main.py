@@ -1,0 +1,138 @@
+"""The command line: a command is imported only when it is chosen, so `--help` does not wait for torch.
+
+Exit codes: 0 done; 1 failure (a damaged file, a full disk, a loss that is not finite); 2 usage; 130 and 143 after
+Ctrl-C and SIGTERM. Results go to stdout, progress and errors to stderr.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import importlib
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from kindiff.classes import nearest
+from kindiff.errors import UsageError
+
+COMMANDS = {
+    "demo": "pre-train, decompose, recombine, transfer and sample on drawn avatars; ends with a page to look at",
+    "encode": "train a small autoencoder on images and turn them into latents",
+    "pretrain": "pre-train a decomposable diffusion transformer on images",
+    "decompose": "take a model apart: learngenes and one tailor file per class",
+    "recombine": "put a smaller model together from parts",
+    "transfer": "teach parts new classes by training only fresh tailors",
+    "sample": "draw images: a grid, or a folder",
+    "evaluate": "score samples against a reference: FID, sFID, IS, precision, recall, KID",
+    "inspect": "show where a model's or parts directory's parameters, bytes and GMACs are",
+    "env": "show versions and hardware",
+}
+
+
+def help_text() -> str:
+    """The list of commands."""
+    rows = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+    return (
+        "usage: kindiff COMMAND [ARGUMENTS]\n\n"
+        "KIND for diffusion transformers: one pre-training run, many models.\n\n"
+        f"commands:\n{rows}\n\n"
+        "`kindiff COMMAND --help` explains a command. Commands that train or sample take --config RECIPE.toml and\n"
+        "overrides such as --train.steps 100. To resume an interrupted command, run it again."
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Run one command; returns the exit code."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(help_text())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from kindiff import __version__
+
+        print(f"kindiff {__version__}")
+        return 0
+    name = argv[0]
+    if name not in COMMANDS:
+        return _fail(f"unknown command {name!r}{nearest(name, COMMANDS)}; `kindiff --help` lists them.", 2)
+    try:
+        module = importlib.import_module(f"kindiff.cli.{name}")
+        module.run(parse(module.Args, argv[1:], prog=f"kindiff {name}"))
+    except UsageError as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted; to resume, run the same command again.", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return _fail(_sentence(error), 1)
+    except Exception as error:
+        return _from_training(error)
+    sys.stdout.flush()
+    return 0
+
+
+def parse(args_class: type, argv: list[str], *, prog: str) -> Any:
+    """Arguments as the command's dataclass; `--config FILE` fills its `recipe` before the overrides."""
+    import tyro
+
+    from kindiff.config import load_recipe
+
+    default = None
+    path = _option(argv, "--config")
+    if path is not None:
+        hints = {f.name: f for f in dataclasses.fields(args_class)}
+        recipe_class = hints["recipe"].default_factory if "recipe" in hints else None
+        if recipe_class is None:
+            raise UsageError(f"{prog} takes no --config.")
+        required = {
+            name: tyro.MISSING
+            for name, f in hints.items()
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        }
+        default = args_class(recipe=load_recipe(Path(path), recipe_class), **required)
+    return tyro.cli(args_class, args=argv, default=default, prog=prog, config=(tyro.conf.FlagConversionOff,))
+
+
+def _option(argv: list[str], name: str) -> str | None:
+    for i, word in enumerate(argv):
+        if word.startswith(f"{name}="):
+            return word.split("=", 1)[1]
+        if word == name and i + 1 < len(argv):
+            return argv[i + 1]
+    return None
+
+
+def _from_training(error: Exception) -> int:
+    """Failures with types of their own; anything else is a bug and shows its traceback."""
+    code = getattr(error, "exit_code", None)
+    if code is not None:
+        return _fail(str(error), code)
+    if isinstance(error, ImportError) and "pip install" in str(error):
+        return _fail(str(error), 1)
+    traceback.print_exc()
+    return 1
+
+
+def _sentence(error: OSError) -> str:
+    if error.errno == errno.ENOSPC:
+        return (
+            "the disk is full; nothing half-written was left and earlier files are whole. Free some space and run "
+            "the same command again."
+        )
+    if error.errno is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+    return str(error)
+
+
+def _fail(sentence: str, code: int) -> int:
+    print(f"kindiff: {sentence}", file=sys.stderr)
+    return code
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))

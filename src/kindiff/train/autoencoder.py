@@ -1,0 +1,112 @@
+"""Training the small autoencoder, and turning images into latents with it.
+
+B batch, C latent channels, h/w latent side.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kindiff.config import EncodeConfig
+from kindiff.data import open_images
+from kindiff.data.latents import LatentSet, write_latents
+from kindiff.data.sets import SampleSet
+from kindiff.errors import UsageError
+from kindiff.models.autoencoder import FACTOR, Autoencoder
+from kindiff.progress import Track, say
+from kindiff.randomness import Purpose, stream
+from kindiff.runtime import device_of
+
+
+def encode(config: EncodeConfig, out: str | Path) -> LatentSet:
+    """Write the latents of a set of images to `out`, a directory that `pretrain` takes as data.source.
+
+    Trains an autoencoder first unless one is given; a copy of it goes along with the latents. An `out` that is
+    there already is kept. UsageError when the images do not fit the autoencoder.
+    """
+    out = Path(out)
+    if (out / "manifest.json").is_file():
+        say(f"{out} is there already")
+        return LatentSet.open(out)
+    samples = open_images(config.data)
+    if samples.channels != 3 or samples.size % FACTOR:
+        raise UsageError(f"images of side {samples.size} cannot be encoded; the side must be a multiple of {FACTOR}.")
+    trained = out.with_name(out.name + ".autoencoder")
+    if config.autoencoder:
+        autoencoder = Autoencoder.from_pretrained(config.autoencoder)
+    elif (trained / "config.json").is_file():
+        autoencoder = Autoencoder.from_pretrained(trained)
+    else:
+        autoencoder = train_autoencoder(samples, config)
+        autoencoder.save_pretrained(trained)
+    write_latents(out, samples, autoencoder, _means(samples, autoencoder, config))
+    return LatentSet.open(out)
+
+
+def train_autoencoder(samples: SampleSet, config: EncodeConfig) -> Autoencoder:
+    """An autoencoder of these images, its latents normalised to unit variance a channel."""
+    device = device_of(config.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = Autoencoder(config.model)
+    model.to(device).train()
+    adam = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
+    order = np.zeros(0, np.int64)
+    with Track("training the autoencoder", config.steps * config.batch, unit="images") as track:
+        for step in range(config.steps):
+            while len(order) < config.batch:
+                epoch = stream(config.seed, Purpose.ORDER, step).permutation(len(samples))
+                order = np.concatenate([order, epoch])
+            indices, order = order[: config.batch], order[config.batch :]
+            draws = stream(config.seed, Purpose.FOLD, step)
+            x = torch.from_numpy(samples.fetch(indices, draws.random(len(indices)) < 0.5)).to(device)
+            shape = (len(x), config.model.channels, samples.size // FACTOR, samples.size // FACTOR)
+            noise = torch.from_numpy(draws.standard_normal(shape, dtype=np.float32)).to(device)
+            adam.param_groups[0]["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                loss = model.loss(x, noise)
+            adam.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+            adam.step()
+            if step % 20 == 0:
+                track.note = f"loss {float(loss):.4f}"
+            track.advance(config.batch)
+    return _normalised(model.cpu().requires_grad_(False).eval(), samples, config)
+
+
+def _normalised(model: Autoencoder, samples: SampleSet, config: EncodeConfig) -> Autoencoder:
+    """Set shift and scale from the latents of up to 2,000 images; in place, at the end of training."""
+    some = np.linspace(0, len(samples) - 1, min(len(samples), 2000)).astype(np.int64)
+    with torch.inference_mode():
+        chunks = np.array_split(some, -(-len(some) // config.batch))
+        means = torch.cat([model.encode(_images(samples, chunk, flip=False))[0] for chunk in chunks])
+    model.shift_C = means.mean(dim=(0, 2, 3)).clone()
+    model.scale_C = 1 / means.std(dim=(0, 2, 3)).clone()
+    return model
+
+
+def _means(samples: SampleSet, model: Autoencoder, config: EncodeConfig) -> np.ndarray:
+    """Latent means of every image and its mirror image: (N, 2, C, h, w) float32."""
+    device = device_of(config.device)
+    model.to(device)
+    side = samples.size // FACTOR
+    latents = np.empty((len(samples), 2, model.config.channels, side, side), np.float32)
+    with torch.inference_mode(), Track("encoding", len(samples), unit="images") as track:
+        for start in range(0, len(samples), config.batch):
+            indices = np.arange(start, min(start + config.batch, len(samples)))
+            for mirrored in (0, 1):
+                x = _images(samples, indices, flip=bool(mirrored)).to(device)
+                latents[indices, mirrored] = model.encode(x)[0].cpu().numpy()
+            track.advance(len(indices))
+    model.cpu()
+    return latents
+
+
+def _images(samples: SampleSet, indices: np.ndarray, *, flip: bool) -> Tensor:
+    return torch.from_numpy(samples.fetch(indices, np.full(len(indices), flip)))

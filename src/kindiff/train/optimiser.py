@@ -1,0 +1,127 @@
+"""AdamW for what every sample trains, and Adam by rows for what belongs to classes.
+
+A class that is absent from a step must not move: not by the momentum of its earlier steps, not by decay. So
+tailors and class embeddings keep their moments and step counts by row, and a step touches only the rows of the
+classes that it saw (METHOD: traps).
+
+S rows of a bank (slots or classes), n rows that a step touches, P numbers of a row over all banks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from kindiff.config import TrainConfig
+from kindiff.models.dit import DiT
+
+BETAS = (0.9, 0.99)
+EPS = 1e-8
+PREFIX = "shared"
+
+
+class RowAdam:
+    """Adam (Kingma & Ba 2015) on banks that share their first dimension; rows not named do not change a bit."""
+
+    def __init__(self, banks: list[nn.Parameter]) -> None:
+        self.banks = banks
+        rows = len(banks[0]) if banks else 0
+        width = sum(bank[0].numel() for bank in banks)
+        device = banks[0].device if banks else None
+        self.mean_SP = torch.zeros(rows, width, device=device)
+        self.square_SP = torch.zeros(rows, width, device=device)
+        self.steps_S = torch.zeros(rows, device=device)
+
+    @torch.no_grad()
+    def step(self, rows: Tensor, lr: float) -> None:
+        """One step of the named rows (each once) along the banks' gradients."""
+        if not len(rows) or not self.banks:
+            return
+        rows = rows.to(self.steps_S.device)
+        gradient = torch.cat([_gradient(bank)[rows].flatten(1) for bank in self.banks], dim=1)
+        self.steps_S[rows] += 1
+        steps = self.steps_S[rows].unsqueeze(1)
+        mean = self.mean_SP[rows].lerp(gradient, 1 - BETAS[0])
+        square = self.square_SP[rows].lerp(gradient.square(), 1 - BETAS[1])
+        self.mean_SP[rows], self.square_SP[rows] = mean, square
+        change = mean / (1 - BETAS[0] ** steps) / ((square / (1 - BETAS[1] ** steps)).sqrt() + EPS) * lr
+        for bank, piece in zip(self.banks, change.split([b[0].numel() for b in self.banks], dim=1), strict=True):
+            bank[rows] = bank[rows] - piece.view(-1, *bank.shape[1:])
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"mean": self.mean_SP, "square": self.square_SP, "steps": self.steps_S}
+
+
+class Optimiser:
+    """All parameters of a model that require gradients, each in its group.
+
+    Dense matrices decay (config.weight_decay); components, biases and embeddings do not. Tailors have their own
+    learning rate (config.tailor_lr, 0 for the same).
+    """
+
+    def __init__(self, model: DiT, config: TrainConfig) -> None:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        tailors = {name: p for name, p in trained.items() if ".tailor_" in name}
+        classes = {name: p for name, p in trained.items() if name.startswith("class_embed.")}
+        self.shared = {n: p for n, p in trained.items() if n not in tailors and n not in classes}
+        self.parameters = list(trained.values())
+        self.config = config
+        self.tailors, self.classes = RowAdam(list(tailors.values())), RowAdam(list(classes.values()))
+        components = {f"{name}.{leaf}" for name, _ in model.named_matrices() for leaf in ("u", "sigma", "v")}
+        decays = [p for n, p in self.shared.items() if p.ndim > 1 and n not in components]
+        others = [p for n, p in self.shared.items() if p.ndim <= 1 or n in components]
+        groups = [
+            {"params": decays, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        self.adamw = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True) if groups else None
+
+    def step(self, *, factor: float, slots: Tensor, ids: Tensor) -> None:
+        """One step at `factor` times the peak learning rates; of the classes only these slots and ids move."""
+        if self.adamw is not None:
+            for group in self.adamw.param_groups:
+                group["lr"] = self.config.lr * factor
+            self.adamw.step()
+        tailor_lr = self.config.tailor_lr or self.config.lr
+        self.tailors.step(slots, tailor_lr * factor)
+        self.classes.step(ids, tailor_lr * factor)
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The whole state by name, for a checkpoint."""
+        rows = {"tailors": self.tailors, "classes": self.classes}
+        state = {f"{kind}.{key}": tensor for kind, r in rows.items() for key, tensor in r.tensors().items()}
+        if self.adamw is not None:
+            for name, parameter in self.shared.items():
+                moments = self.adamw.state.get(parameter, {})
+                state |= {f"{PREFIX}.{name}.{key}": tensor for key, tensor in moments.items()}
+        return state
+
+    def load_(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the state of a checkpoint, in place."""
+        for kind, rows in (("tailors", self.tailors), ("classes", self.classes)):
+            for key, tensor in rows.tensors().items():
+                tensor.copy_(state[f"{kind}.{key}"])
+        if self.adamw is not None:
+            for name, parameter in self.shared.items():
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                self.adamw.state[parameter] = {
+                    key: state[f"{PREFIX}.{name}.{key}"].to(parameter.device) for key in keys
+                }
+
+
+def factor_of(step: int, config: TrainConfig) -> float:
+    """The share of the peak learning rate at a step: linear warm-up, constant, linear decay to zero."""
+    warm = min(1.0, (step + 1) / max(config.warmup, 1))
+    falling = config.steps * config.decay
+    return warm * (min(1.0, (config.steps - step) / falling) if falling else 1.0)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -1,0 +1,125 @@
+"""A run's directory: what was asked, the metrics, checkpoints, and how a run is found again.
+
+    run.json                    the config, the data's hash, versions, hardware
+    metrics.jsonl               one line every few steps
+    checkpoints/step-0000500/   model, ema and optimiser tensors, state.json; the newest whole one is kept
+    model/                      the finished model (EMA weights)
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kindiff import checkpoint, runtime
+from kindiff.errors import BadFileError, UsageError
+from kindiff.progress import say
+
+# Settings that may differ between the parts of one run: they do not change its result.
+FREE = ("workers", "save_every", "log_every", "tensorboard", "device")
+
+
+class Run:
+    """The files of one training run. Opening an existing run checks that it is the same one."""
+
+    def __init__(self, folder: Path, description: dict[str, Any]) -> None:
+        """description: plain values that determine the result. UsageError when the folder holds another run."""
+        self.folder = Path(folder)
+        path = self.folder / "run.json"
+        if path.is_file():
+            before = checkpoint.read_json(path).get("description")
+            if difference := _difference(before, description):
+                raise UsageError(
+                    f"{self.folder} holds a run with other settings ({difference}); use another folder, or the "
+                    "same settings to resume."
+                )
+            return
+        if self.folder.exists() and any(self.folder.iterdir()):
+            raise UsageError(f"{self.folder} is not empty and holds no run; use another folder.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(
+            path, {"description": description, "versions": runtime.versions(), "hardware": runtime.hardware()}
+        )
+
+    @property
+    def model(self) -> Path:
+        """Where the finished model is."""
+        return self.folder / "model"
+
+    @property
+    def finished(self) -> bool:
+        return (self.model / "config.json").is_file()
+
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Write a checkpoint, then drop the older ones. On failure the older one is still there."""
+        with checkpoint.new_directory(self._place(step)) as folder:
+            for name, group in tensors.items():
+                checkpoint.write_tensors(folder / f"{name}.safetensors", group)
+            files = {
+                path.name: {"bytes": path.stat().st_size, "sha256": checkpoint.sha256(path)}
+                for path in sorted(folder.iterdir())
+            }
+            checkpoint.write_json(folder / "state.json", {"step": step, "files": files})
+        for other in self._places():
+            if other != self._place(step):
+                shutil.rmtree(other)
+
+    def newest(self) -> tuple[int, dict[str, dict[str, Tensor]]] | None:
+        """Step and tensors of the newest whole checkpoint; damaged ones are named and passed over."""
+        for place in reversed(self._places()):
+            try:
+                return _read(place)
+            except OSError as error:
+                say(f"passing over a checkpoint: {error}")
+        return None
+
+    def metrics_until(self, step: int) -> None:
+        """Drop metrics of steps that will be done again."""
+        path = self.folder / "metrics.jsonl"
+        if path.is_file():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            checkpoint.write_file(path, "".join(line + "\n" for line in kept).encode())
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Append one line to metrics.jsonl."""
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def _place(self, step: int) -> Path:
+        return self.folder / "checkpoints" / f"step-{step:08d}"
+
+    def _places(self) -> list[Path]:
+        return sorted((self.folder / "checkpoints").glob("step-*"))
+
+
+def _read(place: Path) -> tuple[int, dict[str, dict[str, Tensor]]]:
+    state = checkpoint.read_json(place / "state.json")
+    for name, facts in state["files"].items():
+        path = place / name
+        if not path.is_file():
+            raise BadFileError(f"{path} is missing.")
+        if path.stat().st_size != facts["bytes"] or checkpoint.sha256(path) != facts["sha256"]:
+            raise BadFileError(f"{path} is damaged (its length or hash is not the recorded one).")
+    return state["step"], {Path(n).stem: checkpoint.read_tensors(place / n) for n in state["files"]}
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return 2**62  # a line cut short by a kill
+
+
+def _difference(before: Any, after: Any, where: str = "") -> str:
+    """The first setting that differs, in words; free ones are passed over."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in sorted({*before, *after} - set(FREE)):
+            if found := _difference(before.get(key), after.get(key), f"{where}.{key}" if where else key):
+                return found
+        return ""
+    return "" if before == after else f"{where} was {before!r}, now {after!r}"

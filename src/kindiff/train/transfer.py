@@ -1,0 +1,96 @@
+"""Transfer: new classes on frozen learngenes, by training only fresh tailors and class embeddings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kindiff.components import Components, load_autoencoder, load_components
+from kindiff.config import ObjectiveConfig, TransferConfig, to_dict
+from kindiff.data import open_samples
+from kindiff.data.sets import SampleSet
+from kindiff.diffusion import loss_of
+from kindiff.errors import UsageError
+from kindiff.pipeline import DiTPipeline
+from kindiff.progress import Track, say
+from kindiff.randomness import Purpose, stream
+from kindiff.train.loop import fit
+from kindiff.train.run import Run
+
+PROBES = 32
+"""Images of a new class on which the existing tailors are compared."""
+
+
+def transfer(parts_directory: str | Path, config: TransferConfig, out: str | Path) -> DiTPipeline:
+    """Teach the parts new classes, into the run directory `out` (or go on with the run that is there).
+
+    The model of the new classes is returned and written to out/model; `decompose` gives its tailors. Raises
+    UsageError when the images do not fit the parts or `out` holds a run with other settings.
+    """
+    samples = open_samples(config.data)
+    parts = load_components(parts_directory, classes=None if config.init == "nearest" else ())
+    _check_fit(parts, samples)
+    description = {
+        "command": "transfer",
+        "config": to_dict(config),
+        "data": samples.sha256,
+        "learngenes": parts.learngene_hash,
+    }
+    run = Run(Path(out), description)
+    if run.finished:
+        say(f"{run.folder} is finished already")
+        return DiTPipeline.from_pretrained(run.model)
+    model = parts.with_new_tailors(
+        samples.classes.names,
+        rank=config.rank,
+        share=config.share,
+        targets=config.targets,
+        nearest=nearest_classes(parts, samples, seed=config.train.seed) if config.init == "nearest" else None,
+        train_also=config.train_also,
+        seed=config.train.seed,
+    )
+    # Learngenes do not train here, so a sample without its tailor would teach nothing.
+    objective = ObjectiveConfig(kind=parts.config.objective, label_dropout=0.0, gate_dropout=0.0)
+    trained = fit(model, samples, objective, config.train, run, config.data.flip)
+    DiTPipeline(trained, load_autoencoder(parts_directory)).save_pretrained(run.model)
+    return DiTPipeline.from_pretrained(run.model)
+
+
+@torch.inference_mode()
+def nearest_classes(parts: Components, samples: SampleSet, *, seed: int) -> dict[str, str]:
+    """For each new class the existing class whose tailor denoises its images best (lowest loss).
+
+    All classes are compared on the same images, noise and timesteps, so the choice is a function of its
+    arguments.
+    """
+    model = parts.recombine().eval()
+    loss = loss_of(parts.config)
+    chosen: dict[str, str] = {}
+    with Track("finding the nearest tailors", len(samples.classes), unit="classes") as track:
+        for c, name in enumerate(samples.classes.names):
+            indices = np.flatnonzero(samples.labels == c)[:PROBES]
+            x_0 = torch.from_numpy(samples.fetch(indices, np.zeros(len(indices), bool)))
+            draws = stream(seed, Purpose.FOLD, c)
+            noise = torch.from_numpy(draws.standard_normal(x_0.shape, dtype=np.float32))
+            u_B = torch.from_numpy(draws.random(len(x_0), dtype=np.float32))
+            losses = [
+                float(loss(lambda x, t, i=i: model(x, t, torch.full((len(x),), i)), x_0, noise, u_B).mean())
+                for i in range(len(parts.classes))
+            ]
+            chosen[name] = parts.classes[int(np.argmin(losses))]
+            track.advance(1)
+    return chosen
+
+
+def _check_fit(parts: Components, samples: SampleSet) -> None:
+    wanted = (parts.config.input_size, parts.config.channels, parts.config.autoencoder)
+    if (samples.size, samples.channels, samples.autoencoder_hash) != wanted:
+        raise UsageError(
+            f"the images are {samples.size} x {samples.size} with {samples.channels} channels, the parts were "
+            f"trained on {wanted[0]} x {wanted[0]} with {wanted[1]}"
+            + (" (and another autoencoder)" if samples.autoencoder_hash != wanted[2] else "")
+            + "; set data.size, or use latents of the same autoencoder."
+        )
+
