@@ -1,0 +1,32 @@
+# Each target makes its own virtual environment in .venv when there is none.
+PYTHON ?= python3.11
+VENV = .venv
+BIN = $(VENV)/bin
+ONE = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: demo test test-all check lint types install
+
+demo: install  ## pre-train, decompose, recombine, transfer, sample: about 15 minutes on two cores
+	$(BIN)/kindiff demo runs/demo
+
+test: install  ## the tests, two processes of one thread each
+	$(ONE) $(BIN)/python -m pytest -n 2
+
+test-all: install  ## the slow tests too
+	$(ONE) $(BIN)/python -m pytest -n 2 -m ""
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+check: lint types test-all  ## all that CI runs
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,1 @@
+"""Experiments: the demo, and (later) methods x data sets x seeds."""
