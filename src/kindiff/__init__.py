@@ -6,23 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kindiff.components import (
-        Components as Components,
-        decompose as decompose,
-        factorize as factorize,
-        load_components as load_components,
-        save_components as save_components,
-    )
-    from kindiff.config import (
-        DiTConfig as DiTConfig,
-        KindConfig as KindConfig,
-        PretrainConfig as PretrainConfig,
-        SampleConfig as SampleConfig,
-        TransferConfig as TransferConfig,
-    )
-    from kindiff.models import DiT as DiT
-    from kindiff.pipeline import DiTPipeline as DiTPipeline
-    from kindiff.train import pretrain as pretrain, transfer as transfer
+    from kindiff.components import Components, decompose, factorize, load_components, save_components
+    from kindiff.config import DiTConfig, KindConfig, PretrainConfig, SampleConfig, TransferConfig
+    from kindiff.models import DiT
+    from kindiff.pipeline import DiTPipeline
+    from kindiff.train import pretrain, transfer
 
 __version__ = "0.1.0"
 
@@ -43,7 +31,23 @@ _HOME = {
     "transfer": "train",
 }
 
-__all__ = ["__version__", *_HOME]
+__all__ = [
+    "Components",
+    "DiT",
+    "DiTConfig",
+    "DiTPipeline",
+    "KindConfig",
+    "PretrainConfig",
+    "SampleConfig",
+    "TransferConfig",
+    "__version__",
+    "decompose",
+    "factorize",
+    "load_components",
+    "pretrain",
+    "save_components",
+    "transfer",
+]
 
 
 def __getattr__(name: str) -> Any:

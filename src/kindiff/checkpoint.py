@@ -79,13 +79,17 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes(), object_pairs_hook=_no_key_twice)
     except (ValueError, RecursionError) as error:
-        raise BadFileError(f"{path} is not valid JSON ({error}); it is damaged or not a kindiff file.") from None
+        raise BadFileError(
+            f"{path} is not valid JSON ({error}); it is damaged or not a kindiff file."
+        ) from None
     if not isinstance(value, dict):
         raise BadFileError(f"{path} holds {type(value).__name__}, not an object; it is not a kindiff file.")
     return value
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Tensors as one safetensors file. Equal contents give equal bytes."""
     path.write_bytes(save({k: v.detach().contiguous() for k, v in tensors.items()}, dict(metadata or {})))
 

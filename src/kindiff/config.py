@@ -20,7 +20,13 @@ from kindiff.errors import UsageError
 T = TypeVar("T")
 
 # width, depth, heads of the published DiT sizes (Peebles & Xie 2023, table 1), and T for tests.
-DIT_SIZES = {"T": (64, 2, 2), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+DIT_SIZES = {
+    "T": (64, 2, 2),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
 
 MATRICES = ("q", "k", "v", "o", "mlp_in", "mlp_out")
 """The factored matrices of a block, KIND's {q, k, v, o, in, out}."""

@@ -69,7 +69,9 @@ class DiTPipeline:
         """
         rows = self.model.classes.rows
         if bad := [i for i in class_ids if not 0 <= i < rows]:
-            raise UsageError(f"class id {bad[0]} is not in the model; it has ids 0 to {rows - 1} (the null class).")
+            raise UsageError(
+                f"class id {bad[0]} is not in the model; it has ids 0 to {rows - 1} (the null class)."
+            )
         draw = _sampler(self.model, config)
         self.model.eval().to(device_of(config.device))
         if self.autoencoder is not None:

@@ -67,7 +67,10 @@ class Track:
         self.said = time.monotonic()
         left = (self.total - self.done) / max(self.rate(), 1e-9)
         end = f"about {left:.0f} s left" if left > 0 else f"done in {self.said - self.started:.0f} s"
-        print(f"{self.label}: {self.done}/{self.total} {self.unit}{note and '  ' + note}, {end}", file=sys.stderr)
+        print(
+            f"{self.label}: {self.done}/{self.total} {self.unit}{note and '  ' + note}, {end}",
+            file=sys.stderr,
+        )
 
 
 def say(text: str) -> None:

@@ -34,7 +34,9 @@ def device_of(name: str) -> torch.device:
     except RuntimeError:
         raise UsageError(f"device {name!r} is unknown; use auto, cpu or cuda.") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device {name!r} is asked for but this torch sees no GPU; use --device cpu or auto.")
+        raise UsageError(
+            f"device {name!r} is asked for but this torch sees no GPU; use --device cpu or auto."
+        )
     return device
 
 

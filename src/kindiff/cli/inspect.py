@@ -49,7 +49,9 @@ def report(path: Path) -> dict[str, Any]:
     from kindiff.models import DiT
 
     if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path} is neither a model nor a components directory: it has no config.json.")
+        raise FileNotFoundError(
+            f"{path} is neither a model nor a components directory: it has no config.json."
+        )
     kind = checkpoint.read_json(path / "config.json").get("kind")
     if kind == "components":
         return _figures(load_components(path).recombine(layers="factored"), "components")
@@ -57,10 +59,10 @@ def report(path: Path) -> dict[str, Any]:
 
 
 def _figures(model: DiT, kind: str) -> dict[str, Any]:
+    import torch
+
     from kindiff.evaluate.cost import closed_macs, cost_table, tailor_parameters, total
     from kindiff.models import DiT
-
-    import torch
 
     table = cost_table(model)
     with torch.device("meta"):

@@ -85,9 +85,9 @@ def parse(args_class: type, argv: list[str], *, prog: str) -> Any:
     path = _option(argv, "--config")
     if path is not None:
         hints = {f.name: f for f in dataclasses.fields(args_class)}
-        recipe_class = hints["recipe"].default_factory if "recipe" in hints else None
-        if recipe_class is None:
+        if "recipe" not in hints:
             raise UsageError(f"{prog} takes no --config.")
+        recipe_class: Any = hints["recipe"].default_factory
         required = {
             name: tyro.MISSING
             for name, f in hints.items()

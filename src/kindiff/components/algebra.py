@@ -51,7 +51,9 @@ def fresh(count: int, features_out: int, features_in: int, generator: torch.Gene
     return Factors(torch.zeros(count, features_out), torch.ones(count), v / v.norm(dim=1, keepdim=True))
 
 
-def random(count: int, features_out: int, features_in: int, active: int, generator: torch.Generator) -> Factors:
+def random(
+    count: int, features_out: int, features_in: int, active: int, generator: torch.Generator
+) -> Factors:
     """Per-factor random components: `active` of them add up to the variance of a Xavier matrix.
 
     u and v are random of unit length, sigma the same for all: E|W|^2 = active sigma^2 equals the Xavier

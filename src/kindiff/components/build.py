@@ -121,12 +121,12 @@ def _fill_(
     rank, wanted = kind.learngene_rank, kind.learngene_rank + dealt
     active = rank + (kind.tailor_rank if dealt else 0)
     if kind.init == "per-factor":
-        pool = algebra.random(wanted, *weight_OI.shape, active=active, generator=generator)
+        pool = algebra.random(wanted, *_sides(weight_OI), active, generator)
     else:
         pool = algebra.svd(weight_OI)
         lacking = wanted - len(pool.sigma)
         if lacking > 0:
-            blank = algebra.fresh(lacking, *weight_OI.shape, generator=generator)
+            blank = algebra.fresh(lacking, *_sides(weight_OI), generator)
             pool = algebra.Factors(*(torch.cat(pair) for pair in zip(pool, blank, strict=True)))
     scale = 1.0
     if kind.init == "svd-rescaled":
@@ -143,3 +143,7 @@ def _fill_(
             layer.tailor_u[slot].copy_(pool.u[own])
             layer.tailor_sigma[slot].copy_(pool.sigma[own] * scale)
             layer.tailor_v[slot].copy_(pool.v[own])
+
+
+def _sides(weight_OI: torch.Tensor) -> tuple[int, int]:
+    return weight_OI.shape[0], weight_OI.shape[1]

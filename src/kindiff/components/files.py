@@ -22,10 +22,14 @@ from kindiff.errors import BadFileError, UsageError
 from kindiff.models.autoencoder import Autoencoder
 
 
-def save_components(parts: Components, directory: str | Path, *, autoencoder: Autoencoder | None = None) -> None:
+def save_components(
+    parts: Components, directory: str | Path, *, autoencoder: Autoencoder | None = None
+) -> None:
     """Write a components directory; it appears whole or not at all. Parts of a latent model need its autoencoder."""
     if (autoencoder.fingerprint() if autoencoder else "") != parts.config.autoencoder:
-        raise UsageError("parts of a latent model are saved with its own autoencoder, those of a pixel model with none.")
+        raise UsageError(
+            "parts of a latent model are saved with its own autoencoder, those of a pixel model with none."
+        )
     fingerprint = parts.learngene_hash
     with checkpoint.new_directory(Path(directory)) as folder:
         description = {
@@ -64,11 +68,17 @@ def load_components(directory: str | Path, classes: Iterable[str] | None = None)
 
     path = folder / "learngenes.safetensors"
     learngenes = checkpoint.read_tensors(path)
-    checkpoint.check_tensors(path, learngenes, _learngenes_wanted(config, description["learngene_rank"], listed))
-    tailors = {name: _read_tailor(folder, name, config, targets, description["learngenes"]) for name in wanted}
+    checkpoint.check_tensors(
+        path, learngenes, _learngenes_wanted(config, description["learngene_rank"], listed)
+    )
+    tailors = {
+        name: _read_tailor(folder, name, config, targets, description["learngenes"]) for name in wanted
+    }
     parts = Components(config, targets, learngenes, tailors)
     if parts.learngene_hash != description["learngenes"]:
-        raise BadFileError(f"{path} is damaged: its hash is not the one in config.json; fetch or make it again.")
+        raise BadFileError(
+            f"{path} is damaged: its hash is not the one in config.json; fetch or make it again."
+        )
     return parts
 
 

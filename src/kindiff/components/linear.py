@@ -85,7 +85,11 @@ def _learngenes(layers: Sequence[ComponentLinear], x_BTI: Tensor) -> list[Tensor
 
 
 def _add_tailors(
-    layers: Sequence[ComponentLinear], places: Sequence[int], outputs: list[Tensor], x_BTI: Tensor, gating: Gating
+    layers: Sequence[ComponentLinear],
+    places: Sequence[int],
+    outputs: list[Tensor],
+    x_BTI: Tensor,
+    gating: Gating,
 ) -> None:
     slots_BK, weights_BK = gating
     v_BMI = torch.cat([layer.tailor_v[slots_BK].flatten(1, 2) for layer in layers], dim=1)

@@ -19,7 +19,7 @@ from kindiff.checkpoint import hash_tensors
 from kindiff.classes import ClassSet
 from kindiff.components import algebra
 from kindiff.components.algebra import Factors
-from kindiff.components.build import Structure, check_rank, empty
+from kindiff.components.build import Structure, empty
 from kindiff.components.gates import TableGate
 from kindiff.components.linear import ComponentLinear
 from kindiff.config import MATRICES, DiTConfig
@@ -71,7 +71,11 @@ class Components:
         return hash_tensors(self.learngenes)
 
     def recombine(
-        self, classes: Iterable[str] | None = None, *, learngene_rank: int | None = None, layers: Layers = "auto"
+        self,
+        classes: Iterable[str] | None = None,
+        *,
+        learngene_rank: int | None = None,
+        layers: Layers = "auto",
     ) -> DiT:
         """A new model of the wanted classes (None: all), smaller by the tailors left out.
 
@@ -306,4 +310,8 @@ def _factors(tensors: Mapping[str, Tensor], matrix: str) -> Factors:
 
 
 def _named(matrix: str, factors: Factors) -> dict[str, Tensor]:
-    return {f"{matrix}.u": factors.u.clone(), f"{matrix}.sigma": factors.sigma.clone(), f"{matrix}.v": factors.v.clone()}
+    return {
+        f"{matrix}.u": factors.u.clone(),
+        f"{matrix}.sigma": factors.sigma.clone(),
+        f"{matrix}.v": factors.v.clone(),
+    }

@@ -6,6 +6,7 @@ B batch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ def euler(predict: Predict, noise: Tensor, *, steps: int) -> Tensor:
     """Euler's method on the flow ODE, from t = 1 to 0 in equal steps: `steps` evaluations."""
     x = noise
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
-    for t, after in zip(times, times[1:], strict=False):
+    for t, after in pairwise(times):
         x = x + (after - t) * predict(x, _full(x, t * SCALE))
     return x
 
@@ -31,7 +32,7 @@ def heun(predict: Predict, noise: Tensor, *, steps: int) -> Tensor:
     """Heun's second-order method on the flow ODE, Euler for the last step: 2 steps - 1 evaluations."""
     x = noise
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
-    for t, after in zip(times, times[1:], strict=False):
+    for t, after in pairwise(times):
         slope = predict(x, _full(x, t * SCALE))
         ahead = x + (after - t) * slope
         if after > 0:

@@ -75,7 +75,9 @@ class Autoencoder(nn.Module):
         mean, log_variance = self.encode(x_BCHW)
         y_BCHW = self.decode(mean + (0.5 * log_variance).exp() * noise_BChw).float()
         error = F.l1_loss(y_BCHW, x_BCHW)
-        edges = F.l1_loss(y_BCHW.diff(dim=2), x_BCHW.diff(dim=2)) + F.l1_loss(y_BCHW.diff(dim=3), x_BCHW.diff(dim=3))
+        edges = F.l1_loss(y_BCHW.diff(dim=2), x_BCHW.diff(dim=2)) + F.l1_loss(
+            y_BCHW.diff(dim=3), x_BCHW.diff(dim=3)
+        )
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         return error + 0.5 * edges + kl_weight * kl
 

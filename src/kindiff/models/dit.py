@@ -38,6 +38,8 @@ class DiT(nn.Module):
     defaults the model is the published dense DiT.
     """
 
+    positions_TD: Tensor
+
     def __init__(
         self,
         config: DiTConfig,
@@ -83,7 +85,9 @@ class DiT(nn.Module):
         c_BD = F.silu(c_BD)
         for block in self.blocks:
             x_BTD = block(x_BTD, c_BD, gating)
-        return unpatchify(self.final(x_BTD, c_BD).to(x_BCHW.dtype), self.config.patch, self.config.out_channels)
+        return unpatchify(
+            self.final(x_BTD, c_BD).to(x_BCHW.dtype), self.config.patch, self.config.out_channels
+        )
 
     def named_matrices(self) -> list[tuple[str, nn.Module]]:
         """The six matrices of every block with their full names, in order."""
@@ -149,6 +153,13 @@ def _build(config: DiTConfig, classes: ClassSet, structure: dict[str, Any] | Non
 class Block(nn.Module):
     """Attention and MLP, each between an adaptive norm and a zero-initialised gate (adaLN-zero)."""
 
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+    o: nn.Module
+    mlp_in: nn.Module
+    mlp_out: nn.Module
+
     def __init__(self, config: DiTConfig, linear: MakeLinear) -> None:
         super().__init__()
         self.heads = config.heads
@@ -210,9 +221,9 @@ def initialise_(model: DiT) -> None:
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
     nn.init.normal_(model.class_embed.weight, std=0.02)
-    for layer in (model.time_embed[0], model.time_embed[2]):
-        nn.init.normal_(layer.weight, std=0.02)
-    for block in model.blocks:
-        nn.init.zeros_(block.modulation.weight)
-    nn.init.zeros_(model.final.modulation.weight)
+    for name, parameter in model.named_parameters():
+        if name.startswith("time_embed.") and name.endswith(".weight"):
+            nn.init.normal_(parameter, std=0.02)
+        if name.endswith("modulation.weight"):
+            nn.init.zeros_(parameter)
     nn.init.zeros_(model.final.out.weight)

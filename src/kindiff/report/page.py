@@ -54,7 +54,9 @@ def paragraph(text: str, *, soft: bool = False) -> str:
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of figures, the first column a name."""
     head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
-    body = "\n".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "\n".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 

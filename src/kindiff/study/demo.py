@@ -7,8 +7,15 @@ from pathlib import Path
 
 from kindiff.checkpoint import write_file
 from kindiff.components import decompose, load_components, save_components
-from kindiff.config import BackboneConfig, DataConfig, KindConfig, PretrainConfig, SampleConfig
-from kindiff.config import TrainConfig, TransferConfig
+from kindiff.config import (
+    BackboneConfig,
+    DataConfig,
+    KindConfig,
+    PretrainConfig,
+    SampleConfig,
+    TrainConfig,
+    TransferConfig,
+)
 from kindiff.pipeline import DiTPipeline
 from kindiff.progress import say
 from kindiff.study.demo_page import DemoFolder, demo_page

@@ -81,7 +81,9 @@ def demo_page(
         drawn_novel, bare_novel = strips("novel"), strips("novel", tailors=False)
     real_base, real_novel = _real(base, strip), _real(novel, strip)
 
-    def rows(real: dict[str, np.ndarray], *columns: dict[str, np.ndarray]) -> list[tuple[str, list[np.ndarray]]]:
+    def rows(
+        real: dict[str, np.ndarray], *columns: dict[str, np.ndarray]
+    ) -> list[tuple[str, list[np.ndarray]]]:
         return [(name, [real[name], *(c[name] for c in columns)]) for name in columns[0]]
 
     three = ("real", "learngenes + tailor", "learngenes alone")
@@ -96,7 +98,10 @@ def demo_page(
             f"each class; smaller models were put together from the parts; {counts['novel']} new classes were "
             f"learned from {few} images each by training only their tailors."
         ),
-        paragraph(f"Samples: guidance {sample.guidance}, {sample.steps} steps, seed {sample.seed}, none picked.", soft=True),
+        paragraph(
+            f"Samples: guidance {sample.guidance}, {sample.steps} steps, seed {sample.seed}, none picked.",
+            soft=True,
+        ),
         heading("New classes: learngenes frozen, fresh tailors"),
         paragraph(
             f"Each new class trained {tailor_parameters(models['novel'].model):,} parameters. Learngenes alone: the "
@@ -145,7 +150,14 @@ def _costs(folder: DemoFolder, models: dict[str, DiTPipeline]) -> str:
     rows = [_cost_row("dense model of this shape", dense, None)]
     rows += [_cost_row(label, models[name].model, path) for name, (label, path) in names.items()]
     tailor = next((folder.parts / "tailors").iterdir())
-    rows.append(["one tailor, shipped alone", f"{tailor_parameters(full):,}", f"{tailor.stat().st_size / 2**20:.2f}", ""])
+    rows.append(
+        [
+            "one tailor, shipped alone",
+            f"{tailor_parameters(full):,}",
+            f"{tailor.stat().st_size / 2**20:.2f}",
+            "",
+        ]
+    )
     return table(("model", "parameters", "MiB on disk", "GMACs"), rows)
 
 

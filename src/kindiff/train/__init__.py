@@ -1,7 +1,7 @@
 """Training: the loop, the optimiser, runs that can be killed and resumed."""
 
 from kindiff.train.loop import Interrupted, NotFinite, fit
-from kindiff.train.pretrain import pretrain
-from kindiff.train.transfer import transfer
+from kindiff.train.pretraining import pretrain
+from kindiff.train.transferring import transfer
 
 __all__ = ["Interrupted", "NotFinite", "fit", "pretrain", "transfer"]

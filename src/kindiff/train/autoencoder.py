@@ -35,7 +35,9 @@ def encode(config: EncodeConfig, out: str | Path) -> LatentSet:
         return LatentSet.open(out)
     samples = open_images(config.data)
     if samples.channels != 3 or samples.size % FACTOR:
-        raise UsageError(f"images of side {samples.size} cannot be encoded; the side must be a multiple of {FACTOR}.")
+        raise UsageError(
+            f"images of side {samples.size} cannot be encoded; the side must be a multiple of {FACTOR}."
+        )
     trained = out.with_name(out.name + ".autoencoder")
     if config.autoencoder:
         autoencoder = Autoencoder.from_pretrained(config.autoencoder)

@@ -38,7 +38,9 @@ class Interrupted(Exception):
         self.exit_code = 128 + signum
 
 
-def fit(model: DiT, samples: SampleSet, objective: ObjectiveConfig, config: TrainConfig, run: Run, flip: bool) -> DiT:
+def fit(
+    model: DiT, samples: SampleSet, objective: ObjectiveConfig, config: TrainConfig, run: Run, flip: bool
+) -> DiT:
     """Train what requires gradients; returns the EMA model. Resumes from the run's newest whole checkpoint.
 
     Raises NotFinite at a step whose loss or gradient is not finite, and Interrupted after SIGINT or SIGTERM.
@@ -108,7 +110,8 @@ def fit(model: DiT, samples: SampleSet, objective: ObjectiveConfig, config: Trai
                 run.save(done, _tensors(model, ema, optimiser, loss_sum, since))
             if stop and done < config.steps:
                 raise Interrupted(
-                    stop[0], f"stopped at step {done} of {config.steps}, saved; to resume, run the same command again."
+                    stop[0],
+                    f"stopped at step {done} of {config.steps}, saved; to resume, run the same command again.",
                 )
     return ema.model(model).cpu()
 
@@ -163,4 +166,3 @@ def _tensorboard(run: Run) -> Any:
     except ImportError:
         raise ImportError("TensorBoard is not installed; pip install 'kindiff[tensorboard]'.") from None
     return SummaryWriter(str(run.folder / "tensorboard"))
-

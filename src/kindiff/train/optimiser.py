@@ -47,7 +47,9 @@ class RowAdam:
         square = self.square_SP[rows].lerp(gradient.square(), 1 - BETAS[1])
         self.mean_SP[rows], self.square_SP[rows] = mean, square
         change = mean / (1 - BETAS[0] ** steps) / ((square / (1 - BETAS[1] ** steps)).sqrt() + EPS) * lr
-        for bank, piece in zip(self.banks, change.split([b[0].numel() for b in self.banks], dim=1), strict=True):
+        for bank, piece in zip(
+            self.banks, change.split([b[0].numel() for b in self.banks], dim=1), strict=True
+        ):
             bank[rows] = bank[rows] - piece.view(-1, *bank.shape[1:])
 
     def tensors(self) -> dict[str, Tensor]:

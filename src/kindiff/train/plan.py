@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kindiff.config import PretrainConfig
 from kindiff.data import open_samples
-from kindiff.train.pretrain import new_model
+from kindiff.train.pretraining import new_model
 
 
 def pretrain_plan(config: PretrainConfig) -> str:

@@ -1,9 +1,9 @@
 """A run's directory: what was asked, the metrics, checkpoints, and how a run is found again.
 
-    run.json                    the config, the data's hash, versions, hardware
-    metrics.jsonl               one line every few steps
-    checkpoints/step-0000500/   model, ema and optimiser tensors, state.json; the newest whole one is kept
-    model/                      the finished model (EMA weights)
+run.json                    the config, the data's hash, versions, hardware
+metrics.jsonl               one line every few steps
+checkpoints/step-0000500/   model, ema and optimiser tensors, state.json; the newest whole one is kept
+model/                      the finished model (EMA weights)
 """
 
 from __future__ import annotations

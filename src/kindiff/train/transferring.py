@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from kindiff.data import open_samples
 from kindiff.data.sets import SampleSet
 from kindiff.diffusion import loss_of
 from kindiff.errors import UsageError
+from kindiff.models.dit import DiT
 from kindiff.pipeline import DiTPipeline
 from kindiff.progress import Track, say
 from kindiff.randomness import Purpose, stream
@@ -75,13 +77,18 @@ def nearest_classes(parts: Components, samples: SampleSet, *, seed: int) -> dict
             draws = stream(seed, Purpose.FOLD, c)
             noise = torch.from_numpy(draws.standard_normal(x_0.shape, dtype=np.float32))
             u_B = torch.from_numpy(draws.random(len(x_0), dtype=np.float32))
-            losses = [
-                float(loss(lambda x, t, i=i: model(x, t, torch.full((len(x),), i)), x_0, noise, u_B).mean())
-                for i in range(len(parts.classes))
-            ]
+            losses = []
+            for i in range(len(parts.classes)):
+                ids = torch.full((len(x_0),), i)
+                predict = partial(_predict, model, ids)
+                losses.append(float(loss(predict, x_0, noise, u_B).mean()))
             chosen[name] = parts.classes[int(np.argmin(losses))]
             track.advance(1)
     return chosen
+
+
+def _predict(model: DiT, ids_B: torch.Tensor, x: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+    return model(x, t_B, ids_B)
 
 
 def _check_fit(parts: Components, samples: SampleSet) -> None:
@@ -93,4 +100,3 @@ def _check_fit(parts: Components, samples: SampleSet) -> None:
             + (" (and another autoencoder)" if samples.autoencoder_hash != wanted[2] else "")
             + "; set data.size, or use latents of the same autoencoder."
         )
-
