@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kindiff.components import Components, decompose, factorize, load_components, save_components
-    from kindiff.config import DiTConfig, KindConfig, PretrainConfig, SampleConfig, TransferConfig
+    from kindiff.config import (
+        DataConfig,
+        DiTConfig,
+        KindConfig,
+        PretrainConfig,
+        SampleConfig,
+        TrainConfig,
+        TransferConfig,
+    )
     from kindiff.models import DiT
     from kindiff.pipeline import DiTPipeline
     from kindiff.train import pretrain, transfer
@@ -16,12 +24,14 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Components": "components",
+    "DataConfig": "config",
     "DiT": "models",
     "DiTConfig": "config",
     "DiTPipeline": "pipeline",
     "KindConfig": "config",
     "PretrainConfig": "config",
     "SampleConfig": "config",
+    "TrainConfig": "config",
     "TransferConfig": "config",
     "decompose": "components",
     "factorize": "components",
@@ -33,12 +43,14 @@ _HOME = {
 
 __all__ = [
     "Components",
+    "DataConfig",
     "DiT",
     "DiTConfig",
     "DiTPipeline",
     "KindConfig",
     "PretrainConfig",
     "SampleConfig",
+    "TrainConfig",
     "TransferConfig",
     "__version__",
     "decompose",
