@@ -1,0 +1,1 @@
+"""Metrics of generated images, by a recorded protocol."""
