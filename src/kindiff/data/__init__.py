@@ -40,8 +40,8 @@ def open_images(config: DataConfig) -> ImageSet:
         images = open_prepared(path)
         if images.size != config.size:
             raise UsageError(
-                f"{path} was prepared at {images.size} px and size is {config.size}; set size to {images.size}, "
-                "or prepare the images again."
+                f"{path} was prepared at {images.size} px and size is {config.size}; set size to "
+                f"{images.size}, or prepare the images again."
             )
     else:
         from kindiff.data.folder import open_folder

@@ -22,15 +22,15 @@ from kindiff.classes import ClassSet, nearest
 from kindiff.data.cache import cache_root, made_once
 from kindiff.data.manifest import MANIFEST
 from kindiff.data.prepared import ImageSet, open_prepared, write_prepared
-from kindiff.data.progress import progress
 from kindiff.data.workers import ordered_map
 from kindiff.errors import UsageError
+from kindiff.progress import Track
 
 BASE = (
     "blobs", "cameo", "clay", "constellation", "critters", "gaze", "identicon", "landscape", "line-face",
     "loops", "lorelei", "marbles", "notionists-neutral", "patchwork", "pixel-art", "pixelbot", "rings",
-    "shadows", "shape-grid", "shapes", "slice", "squircles", "stack", "stripes", "thumbs", "voxel-art", "waves",
-    "weave",
+    "shadows", "shape-grid", "shapes", "slice", "squircles", "stack", "stripes", "thumbs", "voxel-art",
+    "waves", "weave",
 )  # fmt: skip
 NOVEL = (
     "cutouts", "lorelei-neutral", "moods", "notionists", "open-peeps", "pixel-art-neutral", "planets",
@@ -60,6 +60,8 @@ MAX_PER_CLASS = 1_000_000
 KNOWN_SHA256 = {
     ("base", 32): "49ccf0debd20cddcfd72c379ceb834639a5d97a9b0d2f1c4bd064306040fee4e",
     ("novel", 32): "fd654c1ec60ceeaf93fc5a772e3c6246c2ac904f5c44f9ab9079d7294e93bd3c",
+    ("base", 64): "1a426bd3b126dbe7ec4df8256a78d5631ff1a94936bf42b6bffc55a86ad13183",
+    ("novel", 64): "3b1e071dc7bb9241aa5ed8ee36d25fbe3877be06ee49984952cf7b2a18cb6836",
 }
 
 _PACKAGES = ("dicebear-core", "dicebear-styles", "resvg-py")
@@ -112,7 +114,8 @@ def _checked(images: ImageSet, group: str) -> ImageSet:
 def _warn_other_drawing(group: str, size: int) -> None:
     print(
         f"kindiff: warning: avatars:{group} at {size} px came out other than on the reference machine "
-        f"(another processor, or other versions of {', '.join(_PACKAGES)}); results are sound but not bit-comparable.",
+        f"(another processor, or other versions of {', '.join(_PACKAGES)}); results are sound but "
+        "not bit-comparable.",
         file=sys.stderr,
     )
 
@@ -141,11 +144,11 @@ def _draw_set(target: Path, names: tuple[str, ...], size: int, first: int, count
     ]
 
     def images() -> Iterator[tuple[str, np.ndarray]]:
-        with progress(f"Drawing avatars at {size} px", len(names) * count) as advance:
+        with Track(f"drawing avatars at {size} px", len(names) * count, unit="images") as track:
             drawn = ordered_map("kindiff.data.avatars:draw_chunk", tasks)
             for (name, _, start, stop), (_, pixels) in zip(tasks, drawn, strict=True):
                 yield name, np.frombuffer(pixels, dtype=np.uint8).reshape(stop - start, size, size, 3)
-                advance(stop - start)
+                track.advance(stop - start)
 
     versions = ", ".join(f"{p} {_version(p)}" for p in _PACKAGES)
     write_prepared(

@@ -117,15 +117,16 @@ def batches(
         return (source[step] for step in numbers)
     from torch.utils.data import DataLoader
 
-    loader: DataLoader[Batch] = DataLoader(
+    loader: DataLoader[tuple[np.ndarray, ...]] = DataLoader(
         source,  # type: ignore[arg-type]
         batch_size=None,
         sampler=numbers,
+        collate_fn=_to_arrays,  # type: ignore[arg-type]  # with batch_size=None it is given one item
         num_workers=min(workers, max(1, steps)),
         worker_init_fn=_leave_interrupts_to_the_parent,
         generator=torch.Generator(),  # else the loader would advance torch's global generator
     )
-    return iter(loader)
+    return (Batch(*map(torch.from_numpy, arrays)) for arrays in loader)
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,12 @@ class _Steps:
             self.samples, self.objective, seed=self.seed, first_position=step * self.batch + self.offset,
             batch=self.share, flip=self.flip,
         )  # fmt: skip
+
+
+def _to_arrays(batch: Batch) -> tuple[np.ndarray, ...]:
+    # Tensors would travel as shared-memory handles: scarce in containers, and a fault in every loader process
+    # when the main one is terminated. Arrays go through the pipe.
+    return tuple(tensor.numpy() for tensor in batch)
 
 
 def _leave_interrupts_to_the_parent(_worker: int) -> None:

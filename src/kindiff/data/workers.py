@@ -36,8 +36,8 @@ def ordered_map(function: str, tasks: Sequence[Any], *, workers: int = 0) -> Ite
     """`function(task)` for every task, in order, a few ahead of the consumer.
 
     function is `module:name`; it takes one JSON value and returns (JSON value, bytes). workers 0: one a
-    usable core. With one worker or one task it runs in this process. An exception in a child is raised here as
-    RuntimeError with the child's traceback.
+    usable core. With one worker or one task it runs in this process. An exception in a child is raised here
+    as RuntimeError with the child's traceback.
     """
     workers = min(workers or min(usable_cores(), MAX_WORKERS), len(tasks))
     if workers <= 1:

@@ -1,0 +1,144 @@
+"""An image folder, one sub-folder a class, decoded once into a prepared set in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from kindiff.classes import ClassSet
+from kindiff.data.cache import cache_root, made_once
+from kindiff.data.manifest import MAX_SIDE, Skipped
+from kindiff.data.prepared import ImageSet, open_prepared, write_prepared
+from kindiff.data.workers import ordered_map
+from kindiff.errors import BadFileError, UsageError
+from kindiff.progress import Track
+
+_DECODING = 1  # raise when decoding changes, so that no old cache is taken for new
+_CHUNK_FILES = 64
+_CHUNK_BYTES = 16 * 2**20
+_NAMED = 10
+"""Skipped files named on stderr; the manifest has all of them."""
+
+
+def open_folder(folder: Path, *, size: int, classes: Iterable[str] = (), strict: bool = False) -> ImageSet:
+    """The images of `folder`/<class>/**, sorted by name, scaled and centre-cropped to size x size.
+
+    Decoded on first use into the cache; the cache is used again while every file's name, size and time of
+    change are the same. classes: only these, in this order (empty: every sub-folder, sorted). Hidden files
+    and folders are left alone. A file that is no readable image is named on stderr, counted and skipped, or,
+    if `strict`, BadFileError. Raises FileNotFoundError for a missing folder, UsageError for a folder without
+    classes, an unknown class, or a class without a readable image.
+    """
+    folder = folder.absolute()
+    if not 1 <= size <= MAX_SIDE:
+        raise UsageError(f"size is {size}; it must be 1 to {MAX_SIDE} pixels.")
+    found = ClassSet(_class_folders(folder))
+    names = tuple(classes) or found.names
+    found.ids(names)
+    files = {name: _files(folder / name) for name in names}
+    for name in names:
+        if not files[name]:
+            raise UsageError(f"class folder {folder / name} has no images; add some or remove the folder.")
+    target = _directory(folder, size, files)
+    made = made_once(target, lambda path: _decode_set(path, folder, size, files, strict))
+    images = open_prepared(made)
+    if images.skipped and strict:
+        raise _strict_error(folder, images.skipped[0])
+    return images
+
+
+def _class_folders(folder: Path) -> tuple[str, ...]:
+    if not folder.is_dir():
+        kind = "is a file" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"image folder {folder} {kind}; give a folder with one sub-folder a class.")
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not names:
+        raise UsageError(
+            f"image folder {folder} has no sub-folders; the layout is <folder>/<class>/<image>, for example "
+            f"{folder.name}/owl/1.jpg."
+        )
+    return tuple(names)
+
+
+def _files(folder: Path) -> list[tuple[str, int, int]]:
+    """(path below the class folder, bytes, time of change in ns) of every file that is not hidden, sorted."""
+    found = []
+    for parent, folders, names in os.walk(folder, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(parent, name)
+            if name.startswith(".") or (path.exists() and not path.is_file()):
+                continue
+            # A dangling link is kept: decoding will name it.
+            stat = path.stat() if path.exists() else path.lstat()
+            found.append((path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns))
+    return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _directory(folder: Path, size: int, files: dict[str, list[tuple[str, int, int]]]) -> Path:
+    described = json.dumps([_DECODING, str(folder), size, list(files.items())])
+    key = hashlib.sha256(described.encode()).hexdigest()[:16]
+    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in folder.name)[:60]
+    return cache_root() / "folders" / f"{name}-{size}px-{key}"
+
+
+def _decode_set(
+    target: Path, folder: Path, size: int, files: dict[str, list[tuple[str, int, int]]], strict: bool
+) -> None:
+    per_task = max(1, min(_CHUNK_FILES, _CHUNK_BYTES // (size * size * 3)))
+    tasks: list[tuple[str, str, int, list[str]]] = []
+    for name, listed in files.items():
+        paths = [f"{name}/{path}" for path, _, _ in listed]
+        tasks += [(name, str(folder), size, paths[i : i + per_task]) for i in range(0, len(paths), per_task)]
+    skipped: list[Skipped] = []
+
+    def images() -> Iterator[tuple[str, np.ndarray]]:
+        last, readable = tasks[0][0], 0
+        with Track(f"decoding {folder.name}", sum(len(t[3]) for t in tasks), unit="images") as track:
+            decoded = ordered_map("kindiff.data.decode:decode_chunk", tasks)
+            for (name, _, _, paths), (faults, pixels) in zip(tasks, decoded, strict=True):
+                if name != last:
+                    _require(readable, folder / last)
+                    last, readable = name, 0
+                for file, reason in faults:
+                    _note(skipped, Skipped(file, reason), folder, strict)
+                chunk = np.frombuffer(pixels, dtype=np.uint8).reshape(-1, size, size, 3)
+                readable += len(chunk)
+                if len(chunk):
+                    yield name, chunk
+                track.advance(len(paths))
+        _require(readable, folder / last)
+
+    write_prepared(target, images(), size=size, source=f"image folder {folder}", skipped=skipped)
+    if len(skipped) > _NAMED:
+        print(
+            f"kindiff: {len(skipped)} files skipped in all; {target / 'manifest.json'} lists them.",
+            file=sys.stderr,
+        )
+
+
+def _require(readable: int, folder: Path) -> None:
+    if not readable:
+        raise UsageError(f"class folder {folder} has no readable image; mend its files or remove the folder.")
+
+
+def _note(skipped: list[Skipped], fault: Skipped, folder: Path, strict: bool) -> None:
+    if strict:
+        raise _strict_error(folder, fault)
+    skipped.append(fault)
+    if len(skipped) <= _NAMED:
+        print(f"kindiff: skipped {folder / fault.file}: {fault.reason}", file=sys.stderr)
+
+
+def _strict_error(folder: Path, fault: Skipped) -> BadFileError:
+    return BadFileError(f"{folder / fault.file} is no readable image: {fault.reason}; mend or remove it.")
