@@ -14,24 +14,35 @@ from kindiff.checkpoint import sha256
 from kindiff.classes import ClassSet
 from kindiff.config import SampleConfig
 from kindiff.errors import UsageError
+from kindiff.evaluate.images import LOSSLESS
 from kindiff.evaluate.run import SamplerInfo
 from kindiff.evaluate.store import digest
 from kindiff.pipeline import DiTPipeline
 
 
 class GeneratedImages:
-    """N samples of a model directory: image i is of class i mod C and depends on i alone."""
+    """N samples of a model directory: image i is of class i mod C and depends on i alone.
 
-    encoding = "array"
+    count 0 stands for per_class of each class. Raises UsageError for fewer images than classes.
+    """
+
+    encoding = LOSSLESS
     class_order = False
 
     def __init__(
-        self, model: Path, count: int, config: SampleConfig, *, classes: tuple[str, ...] = ()
+        self,
+        model: Path,
+        count: int,
+        config: SampleConfig,
+        *,
+        classes: tuple[str, ...] = (),
+        per_class: int = 50,
     ) -> None:
         self.pipeline = DiTPipeline.from_pretrained(model)
         known: ClassSet = self.pipeline.model.classes
         self.classes: ClassSet | None = ClassSet(classes) if classes else known
         self.name = str(model)
+        count = count or per_class * len(self.classes)
         if count < len(self.classes):
             raise UsageError(f"{count} samples are fewer than the {len(self.classes)} classes; draw more.")
         self.config = config

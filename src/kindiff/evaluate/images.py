@@ -17,7 +17,8 @@ from kindiff.checkpoint import sha256 as file_sha256
 from kindiff.classes import ClassSet
 from kindiff.errors import BadFileError, UsageError
 
-SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".bmp": "bmp"}
+LOSSLESS = "lossless"
+SUFFIXES = {".png": LOSSLESS, ".bmp": LOSSLESS, ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 IGNORED = {".json", ".txt", ".md", ".html"}
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
@@ -25,20 +26,33 @@ DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 class Images(Protocol):
     """A set of images of one size, read in order, a batch at a time."""
 
-    name: str
-    """What a person calls it."""
-    sha256: str
-    """Hash of what it was made from."""
-    size: tuple[int, int]
-    """Height and width in pixels."""
-    encoding: str
-    """png, jpeg, ..., npz, or array: what the pixels went through before they came here."""
-    labels: np.ndarray | None
-    """(N,) class ids, or None."""
-    classes: ClassSet | None
-    """Names of the classes, or None."""
-    class_order: bool
-    """Whether images of a class stand together."""
+    @property
+    def name(self) -> str:
+        """What a person calls it."""
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what it was made from."""
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Height and width in pixels."""
+
+    @property
+    def encoding(self) -> str:
+        """What the pixels went through before they came here: lossless, jpeg, webp or mixed."""
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """(N,) class ids, or None."""
+
+    @property
+    def classes(self) -> ClassSet | None:
+        """Names of the classes, or None."""
+
+    @property
+    def class_order(self) -> bool:
+        """Whether images of a class stand together."""
 
     def __len__(self) -> int:
         """N."""
@@ -61,7 +75,7 @@ class ArrayImages:
     """(N,) class ids."""
     classes: ClassSet | None = None
     """Names of the classes."""
-    encoding: str = "array"
+    encoding: str = LOSSLESS
     """What the pixels went through."""
     class_order: bool = True
     """Whether images of a class stand together."""
@@ -179,7 +193,7 @@ class NpzImages:
     Raises BadFileError for a damaged or foreign file.
     """
 
-    encoding = "npz"
+    encoding = LOSSLESS
     class_order = False
     classes: ClassSet | None = None
 

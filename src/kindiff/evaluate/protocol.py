@@ -33,7 +33,7 @@ class Protocol:
     size: tuple[int, ...]
     """Height and width of the samples."""
     encoding: str
-    """What the samples' pixels went through: png, jpeg, npz, array (none)."""
+    """What the samples' pixels went through: lossless, jpeg, webp or mixed."""
     classes: tuple[str, ...]
     """Names of the samples' classes; empty when not known."""
     reference: str

@@ -95,7 +95,7 @@ def evaluate(
         )
     probe, real_accuracy = _probe(reference)
     return Score(
-        protocol=_protocol(samples, reference, features, sampler),
+        protocol=protocol_of(samples, reference, features, sampler),
         distance_name=features.distance_name,
         distance=frechet_distance(found.moments("pool"), reference.moments["pool"]),
         floor=floor.value if floor else None,
@@ -115,7 +115,8 @@ def evaluate(
     )
 
 
-def _protocol(samples: Images, reference: Reference, features: Features, sampler: SamplerInfo) -> Protocol:
+def protocol_of(samples: Images, reference: Reference, features: Features, sampler: SamplerInfo) -> Protocol:
+    """The protocol of an evaluation, before anything is computed."""
     return Protocol(
         features=features.name,
         features_sha256=features.sha256,
