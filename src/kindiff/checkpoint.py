@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -20,18 +21,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from kindiff.errors import BadFileError
+from kindiff.errors import BadFileError, UsageError
 
 FORMAT = 1
 MAX_JSON = 64 * 2**20
+PICTURES = "pictures"
 
 
 @contextlib.contextmanager
-def new_directory(target: Path) -> Iterator[Path]:
+def new_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Write a directory's files into what this yields; on success it becomes `target`, replacing an older one.
 
     On any failure (a full disk, an interruption) the temporary directory is removed and an existing target is
-    left as it was.
+    left as it was. UsageError when the target is something else than an older directory of the same sort, unless
+    `overwrite`.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -42,17 +45,52 @@ def new_directory(target: Path) -> Iterator[Path]:
         for path in sorted(temporary.rglob("*")):
             _sync(path)
         _sync(temporary)
+        if not overwrite:
+            check_replaceable(target, sort_of(temporary))
         if target.exists():
-            retired = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.old"
-            target.rename(retired)
-            temporary.rename(target)
-            shutil.rmtree(retired)
+            _exchange(target, temporary)
         else:
             temporary.rename(target)
         _sync(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _exchange(target: Path, temporary: Path) -> None:
+    retired = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.old"
+    try:
+        target.rename(retired)
+        temporary.rename(target)
+    except BaseException:
+        if retired.exists() and not target.exists():
+            retired.rename(target)
+        raise
+    shutil.rmtree(retired)
+
+
+def check_replaceable(target: Path, sort: str) -> None:
+    """UsageError unless a directory of this sort (see sort_of) may be written to `target`: nothing else is lost."""
+    if target.is_dir():
+        if not any(target.iterdir()) or sort_of(target) == sort:
+            return
+        raise UsageError(f"{target} holds other files, which would be lost; give another path or remove it.")
+    if target.exists():
+        raise UsageError(
+            f"{target} is a file and a directory is to be written; give another path or remove it."
+        )
+
+
+def sort_of(folder: Path) -> str:
+    """What a directory of ours is, by its description: the same for two that may replace each other."""
+    for name in ("config.json", "manifest.json", "reference.json"):
+        if (folder / name).is_file():
+            try:
+                return f"{name} of kind {read_json(folder / name).get('kind')}"
+            except BadFileError:
+                return f"damaged {name}"
+    names = {path.name for path in folder.rglob("*") if not path.is_dir()}
+    return PICTURES if all(re.fullmatch(r"\d{6}\.png", name) for name in names) else "unknown"
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -32,6 +32,7 @@ class Args:
 
 def run(args: Args) -> None:
     """Sample and write."""
+    from kindiff.checkpoint import PICTURES, check_replaceable
     from kindiff.errors import UsageError
     from kindiff.images import grid, write_folder, write_png
     from kindiff.pipeline import DiTPipeline
@@ -39,12 +40,15 @@ def run(args: Args) -> None:
 
     if args.per_class < 1:
         raise UsageError(f"per_class is {args.per_class}; it must be at least 1.")
+    as_grid = args.out.suffix.lower() == ".png"
+    if not as_grid:
+        check_replaceable(args.out, PICTURES)
     pipeline = DiTPipeline.from_pretrained(args.model)
     names = args.classes or pipeline.model.classes.names
     ids = [i for i in pipeline.model.classes.ids(names) for _ in range(args.per_class)]
     with Track("sampling", len(ids), unit="images") as track:
         images = pipeline.sample(ids, args.recipe, tailors=not args.learngenes_only, advance=track.advance)
-    if args.out.suffix.lower() == ".png":
+    if as_grid:
         write_png(args.out, grid(images, columns=args.per_class))
     else:
         write_folder(args.out, images, [name for name in names for _ in range(args.per_class)])

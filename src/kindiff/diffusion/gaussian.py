@@ -81,10 +81,20 @@ def schedule(kind: Literal["linear", "cosine"]) -> Schedule:
     return Schedule((1 - beta).cumprod(dim=0), torch.arange(STEPS))
 
 
-def respaced(full: Schedule, steps: int) -> Schedule:
-    """A sub-schedule of evenly spaced timesteps that ends at the last one (improved DDPM, section 4)."""
-    steps = min(steps, len(full.timesteps))
-    chosen = torch.linspace(0, len(full.timesteps) - 1, steps, dtype=torch.float64).round().long()
+def respaced(full: Schedule, steps: int, *, spacing: Literal["even", "trailing"] = "even") -> Schedule:
+    """A sub-schedule of `steps` timesteps that ends at the last one.
+
+    even: from the first to the last (improved DDPM, section 4). trailing: whole strides down from the last
+    (Lin et al. 2024, table 2).
+    """
+    count = len(full.timesteps)
+    steps = min(steps, count)
+    # counted from the last, so that a single step is the last one
+    if spacing == "even":
+        chosen = torch.linspace(count - 1, 0, steps, dtype=torch.float64).flip(0).round().long()
+    else:
+        strides = torch.arange(steps, dtype=torch.float64) * (count / steps)
+        chosen = (count - strides).flip(0).round().long() - 1
     return Schedule(full.alpha_bar[chosen], full.timesteps[chosen])
 
 

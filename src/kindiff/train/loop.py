@@ -29,6 +29,8 @@ from kindiff.train.run import Run
 class NotFinite(RuntimeError):
     """Loss or gradient is not a finite number; the step was not taken."""
 
+    exit_code = 1
+
 
 class Interrupted(Exception):
     """The run was asked to stop; it has saved. exit_code is 130 (SIGINT) or 143 (SIGTERM)."""
@@ -106,9 +108,10 @@ def fit(
                 loss_sum, since, started = torch.zeros((), device=device), 0, time.monotonic()
                 track.note = f"loss {mean:.4f}"
             track.advance(config.batch)
-            if done % config.save_every == 0 or done == config.steps or stop:
+            stopping = bool(stop)
+            if done % config.save_every == 0 or done == config.steps or stopping:
                 run.save(done, _tensors(model, ema, optimiser, loss_sum, since))
-            if stop and done < config.steps:
+            if stopping and done < config.steps:
                 raise Interrupted(
                     stop[0],
                     f"stopped at step {done} of {config.steps}, saved; to resume, run the same command again.",

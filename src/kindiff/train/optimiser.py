@@ -29,10 +29,10 @@ class RowAdam:
         self.banks = banks
         rows = len(banks[0]) if banks else 0
         width = sum(bank[0].numel() for bank in banks)
-        device = banks[0].device if banks else None
-        self.mean_SP = torch.zeros(rows, width, device=device)
-        self.square_SP = torch.zeros(rows, width, device=device)
-        self.steps_S = torch.zeros(rows, device=device)
+        like = banks[0] if banks else torch.empty(0)
+        self.mean_SP = torch.zeros(rows, width, device=like.device, dtype=like.dtype)
+        self.square_SP = torch.zeros(rows, width, device=like.device, dtype=like.dtype)
+        self.steps_S = torch.zeros(rows, device=like.device, dtype=like.dtype)
 
     @torch.no_grad()
     def step(self, rows: Tensor, lr: float) -> None:
@@ -111,11 +111,12 @@ class Optimiser:
             for key, tensor in rows.tensors().items():
                 tensor.copy_(state[f"{kind}.{key}"])
         if self.adamw is not None:
+            keys = ("step", "exp_avg", "exp_avg_sq")
             for name, parameter in self.shared.items():
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                self.adamw.state[parameter] = {
-                    key: state[f"{PREFIX}.{name}.{key}"].to(parameter.device) for key in keys
-                }
+                if f"{PREFIX}.{name}.step" in state:  # a parameter without a step so far has no moments
+                    self.adamw.state[parameter] = {
+                        key: state[f"{PREFIX}.{name}.{key}"].to(parameter.device) for key in keys
+                    }
 
 
 def factor_of(step: int, config: TrainConfig) -> float:

@@ -20,6 +20,9 @@ from kindiff import checkpoint, runtime
 from kindiff.errors import BadFileError, UsageError
 from kindiff.progress import say
 
+GROUPS = {"model", "ema", "optimiser", "log"}
+"""The tensor files of a checkpoint."""
+
 # Settings that may differ between the parts of one run: they do not change its result.
 FREE = ("workers", "save_every", "log_every", "tensorboard", "device")
 
@@ -31,6 +34,7 @@ class Run:
         """description: plain values that determine the result. UsageError when the folder holds another run."""
         self.folder = Path(folder)
         path = self.folder / "run.json"
+        self._clean()
         if path.is_file():
             before = checkpoint.read_json(path).get("description")
             if difference := _difference(before, description):
@@ -57,7 +61,7 @@ class Run:
 
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Write a checkpoint, then drop the older ones. On failure the older one is still there."""
-        with checkpoint.new_directory(self._place(step)) as folder:
+        with checkpoint.new_directory(self._place(step), overwrite=True) as folder:
             for name, group in tensors.items():
                 checkpoint.write_tensors(folder / f"{name}.safetensors", group)
             files = {
@@ -90,6 +94,15 @@ class Run:
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(metrics) + "\n")
 
+    def _clean(self) -> None:
+        """Remove what only a killed process leaves: files and directories under a temporary name."""
+        for folder in (self.folder, self.folder / "checkpoints"):
+            for path in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+
     def _place(self, step: int) -> Path:
         return self.folder / "checkpoints" / f"step-{step:08d}"
 
@@ -99,13 +112,20 @@ class Run:
 
 def _read(place: Path) -> tuple[int, dict[str, dict[str, Tensor]]]:
     state = checkpoint.read_json(place / "state.json")
-    for name, facts in state["files"].items():
+    try:
+        step = int(state["step"])
+        files = {name: (facts["bytes"], facts["sha256"]) for name, facts in state["files"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise BadFileError(f"{place / 'state.json'} is damaged.") from None
+    if place.name != f"step-{step:08d}" or {Path(name).stem for name in files} != GROUPS:
+        raise BadFileError(f"{place / 'state.json'} is damaged: it is not the description of {place.name}.")
+    for name, facts in files.items():
         path = place / name
         if not path.is_file():
             raise BadFileError(f"{path} is missing.")
-        if path.stat().st_size != facts["bytes"] or checkpoint.sha256(path) != facts["sha256"]:
+        if (path.stat().st_size, checkpoint.sha256(path)) != facts:
             raise BadFileError(f"{path} is damaged (its length or hash is not the recorded one).")
-    return state["step"], {Path(n).stem: checkpoint.read_tensors(place / n) for n in state["files"]}
+    return step, {Path(name).stem: checkpoint.read_tensors(place / name) for name in files}
 
 
 def _step_of(line: str) -> int:
