@@ -57,7 +57,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return (self.model / "config.json").is_file()
+        return is_finished(self.folder)
 
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Write a checkpoint, then drop the older ones. On failure the older one is still there."""
@@ -108,6 +108,11 @@ class Run:
 
     def _places(self) -> list[Path]:
         return sorted((self.folder / "checkpoints").glob("step-*"))
+
+
+def is_finished(folder: str | Path) -> bool:
+    """Whether a run's directory holds its finished model."""
+    return (Path(folder) / "model" / "config.json").is_file()
 
 
 def _read(place: Path) -> tuple[int, dict[str, dict[str, Tensor]]]:

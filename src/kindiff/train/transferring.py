@@ -19,7 +19,7 @@ from kindiff.pipeline import DiTPipeline
 from kindiff.progress import Track, say
 from kindiff.randomness import Purpose, stream
 from kindiff.train.loop import fit
-from kindiff.train.run import Run
+from kindiff.train.run import Run, is_finished
 
 PROBES = 32
 """Images of a new class on which the existing tailors are compared."""
@@ -40,24 +40,30 @@ def transfer(parts_directory: str | Path, config: TransferConfig, out: str | Pat
         "data": samples.sha256,
         "learngenes": parts.learngene_hash,
     }
+    # The model before the run's directory: a request that cannot be met leaves nothing behind.
+    model = None if is_finished(out) else _model_to_train(parts, samples, config)
     run = Run(Path(out), description)
-    if run.finished:
+    if model is None:
         say(f"{run.folder} is finished already")
         return DiTPipeline.from_pretrained(run.model)
-    model = parts.with_new_tailors(
-        samples.classes.names,
-        rank=config.rank,
-        share=config.share,
-        targets=config.targets,
-        nearest=nearest_classes(parts, samples, seed=config.train.seed) if config.init == "nearest" else None,
-        train_also=config.train_also,
-        seed=config.train.seed,
-    )
     # Learngenes do not train here, so a sample without its tailor would teach nothing.
     objective = ObjectiveConfig(kind=parts.config.objective, label_dropout=0.0, gate_dropout=0.0)
     trained = fit(model, samples, objective, config.train, run, config.data.flip)
     DiTPipeline(trained, load_autoencoder(parts_directory)).save_pretrained(run.model)
     return DiTPipeline.from_pretrained(run.model)
+
+
+def _model_to_train(parts: Components, samples: SampleSet, config: TransferConfig) -> DiT:
+    nearest = nearest_classes(parts, samples, seed=config.train.seed) if config.init == "nearest" else None
+    return parts.with_new_tailors(
+        samples.classes.names,
+        rank=config.rank,
+        share=config.share,
+        targets=config.targets,
+        nearest=nearest,
+        train_also=config.train_also,
+        seed=config.train.seed,
+    )
 
 
 @torch.inference_mode()
