@@ -58,6 +58,9 @@ class DiTConfig:
     """Noise schedule of an epsilon model."""
     autoencoder: str = ""
     """SHA-256 of the autoencoder whose latents the model works on; empty for pixels."""
+    time_features: Literal["published", "diffusers"] = "published"
+    """Frequencies of the timestep's features: published, 10000^(-i/128); diffusers, 10000^(-i/127), which
+    diffusers' own DiT uses instead."""
 
     def __post_init__(self) -> None:
         for name in ("input_size", "channels", "num_classes", "width", "depth", "heads", "patch"):
@@ -118,6 +121,8 @@ class BackboneConfig:
     """Attention heads."""
     patch: int = 4
     """Side of a patch."""
+    time_features: Literal["published", "diffusers"] = "published"
+    """Frequencies of the timestep's features; with diffusers', exported pipelines are exact at any step count."""
 
     def build(
         self,
@@ -136,6 +141,7 @@ class BackboneConfig:
         return DiTConfig(
             input_size=input_size, channels=channels, num_classes=num_classes, width=width, depth=depth,
             heads=heads, patch=patch, objective=objective, schedule=schedule, autoencoder=autoencoder,
+            time_features=self.time_features,
         )  # fmt: skip
 
 
@@ -159,9 +165,10 @@ class KindConfig:
     init: Literal["svd", "svd-rescaled", "per-factor"] = "svd"
     """Start of the components: the SVD of the dense weight, the same scaled up for the part that the gate
     switches off, or random factors (see docs/method.md for the measured choice)."""
-    gate: Literal["class", "soft"] = "class"
-    """class: one tailor a class, on for its class only (KIND). soft: one weight a tailor from an MLP on the
-    class embedding (DivControl)."""
+    gate: Literal["class", "superclass", "soft"] = "class"
+    """class: one tailor a class, on for its class only (KIND). superclass: two, the class's own and one that its
+    superclass shares (needs superclasses). soft: one weight a tailor from an MLP on the class embedding
+    (DivControl)."""
     targets: tuple[str, ...] = MATRICES
     """The matrices that get tailors; the others have learngenes only."""
 
@@ -209,10 +216,19 @@ class DataConfig:
     """Only these classes, in this order; empty for all."""
     per_class: int = 0
     """At most this many images a class, the first ones; 0 for all (avatars: 400)."""
+    groups: str = ""
+    """Merge classes into groups that then are the classes: `imagenet` (611 groups), `avatars`, or a JSON file
+    made by `kindiff classes`."""
+    split: str = ""
+    """Only the groups of this list of the groups file, such as base, novel or novel-10; empty for all."""
     flip: bool = True
     """Mirror a random half of the samples."""
     strict: bool = False
     """Stop at an unreadable image instead of naming, counting and skipping it."""
+
+    def __post_init__(self) -> None:
+        if self.split and not self.groups:
+            raise UsageError(f"split {self.split!r} is a list of groups; say which with groups.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,6 +286,9 @@ class SampleConfig:
     """auto: heun for flow models, ddim for epsilon models."""
     steps: int = 25
     """Sampling steps."""
+    spacing: Literal["even", "trailing"] = "even"
+    """Timesteps of ddim and ddpm: even, from 0 to 999 as published; trailing, whole strides down from 999, as the
+    schedulers of exported pipelines have them."""
     guidance: float = 1.5
     """Classifier-free guidance scale; 1 for none. The learngenes alone are the unconditional model."""
     seed: int = 0
@@ -339,9 +358,21 @@ class PretrainConfig:
     model: BackboneConfig = field(default_factory=BackboneConfig)
     method: Literal["kind", "dense"] = "kind"
     """kind: a decomposable model. dense: the same backbone with plain matrices (the rivals' start)."""
+    init: str = ""
+    """Start from the weights of this model or components directory, of the same shape; empty for random ones."""
+    superclasses: str = ""
+    """Superclass of each class, for kind.gate superclass: `avatars`, or a JSON file made by `kindiff classes`."""
     kind: KindConfig = field(default_factory=lambda: KindConfig(learngene_rank=64, tailor_rank=2))
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        wanted = self.method == "kind" and self.kind.gate == "superclass"
+        if wanted != bool(self.superclasses):
+            raise UsageError(
+                f"superclasses is {self.superclasses!r} with gate {self.kind.gate!r} and method {self.method!r}; "
+                "superclasses go with method kind and kind.gate superclass, and only with them."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

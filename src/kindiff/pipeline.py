@@ -126,7 +126,7 @@ def _sampler(model: DiT, config: SampleConfig) -> Sampler:
     if flow:
         solve = samplers.euler if name == "euler" else samplers.heun
         return lambda predict, new_noise: solve(predict, new_noise(), steps=config.steps)
-    few = gaussian.respaced(gaussian.schedule(model.config.schedule), config.steps)
+    few = gaussian.respaced(gaussian.schedule(model.config.schedule), config.steps, spacing=config.spacing)
     if name == "ddim":
         return lambda predict, new_noise: samplers.ddim(predict, new_noise(), schedule=few)
     clip = not model.config.autoencoder

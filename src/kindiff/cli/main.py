@@ -27,6 +27,7 @@ COMMANDS = {
     "transfer": "teach parts new classes by training only fresh tailors",
     "sample": "draw images: a grid, or a folder",
     "evaluate": "score samples against a reference: FID, sFID, IS, precision, recall, KID",
+    "classes": "show a class hierarchy, merge similar classes into groups, deal them out to tasks",
     "inspect": "show where a model's or parts directory's parameters, bytes and GMACs are",
     "env": "show versions and hardware",
 }
@@ -94,7 +95,19 @@ def parse(args_class: type, argv: list[str], *, prog: str) -> Any:
             if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         }
         default = args_class(recipe=load_recipe(Path(path), recipe_class), **required)
+    argv = _flags_spelled_out(args_class, argv)
     return tyro.cli(args_class, args=argv, default=default, prog=prog, config=(tyro.conf.FlagConversionOff,))
+
+
+def _flags_spelled_out(args_class: type, argv: list[str]) -> list[str]:
+    """`--json` as `--json True`: a command's own switches need no value, a recipe's settings do."""
+    switches = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(args_class) if f.default is False}
+    following = [*argv[1:], ""]
+    return [
+        part
+        for word, after in zip(argv, following, strict=True)
+        for part in ([word, "True"] if word in switches and after not in ("True", "False") else [word])
+    ]
 
 
 def _option(argv: list[str], name: str) -> str | None:

@@ -5,13 +5,14 @@ S slots, K slots per sample.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from kindiff.classes import ClassSet
+from kindiff.classes import ClassSet, shorten
 from kindiff.components import algebra
 from kindiff.components.gates import SoftGate, TableGate
 from kindiff.components.linear import ComponentLinear
@@ -77,33 +78,59 @@ def check_rank(rank: int | None, matrix: str, config: DiTConfig) -> None:
         )
 
 
-def factorize(model: DiT, kind: KindConfig, *, seed: int = 0) -> DiT:
+def factorize(
+    model: DiT, kind: KindConfig, *, superclasses: Mapping[str, str] | None = None, seed: int = 0
+) -> DiT:
     """A new, decomposable model from a dense one; the caller's model is not changed.
 
     With init svd the largest singular components of each matrix become learngenes and the next ones are dealt
-    out to the classes in turn; components beyond the full rank start fresh (u zero). At learngene rank = full
-    rank the new model computes what the dense one did. UsageError for ranks that the matrices do not have.
+    out to the slots in turn; components beyond the full rank start fresh (u zero). At learngene rank = full
+    rank the new model computes what the dense one did. superclasses: class -> superclass, for gate superclass
+    alone: the slots are the classes, then the superclasses in order of appearance. UsageError for ranks that
+    the matrices do not have, or a class without superclass.
     """
     if model.structure is not None:
         raise UsageError("the model is already made of components; factorize takes a dense one.")
-    slots = len(model.classes)
+    table = slots_of_classes(model.classes, kind, superclasses)
+    slots = 1 + max(max(row) for row in table)
     structure = Structure(
         rank=kind.learngene_rank,
         tailor_rank=kind.tailor_rank,
         slots=slots,
         gate="soft" if kind.gate == "soft" else "table",
+        gate_width=len(table[0]),
         targets=kind.targets,
     )
     new = empty(model.config, model.classes, structure)
     if isinstance(new.gate, TableGate):
-        new.gate.fill_([[i] for i in range(slots)])
+        new.gate.fill_(table)
     new.load_state_dict(_outside_matrices(model), strict=False)
     generator = torch.Generator().manual_seed(seed)
     matrices = dict(model.named_matrices())
     for name, layer in new.named_matrices():
         assert isinstance(layer, ComponentLinear)
-        _fill_(layer, matrices[name], kind, slots, generator)
+        _fill_(layer, matrices[name], kind, structure, generator)
     return new
+
+
+def slots_of_classes(
+    classes: ClassSet, kind: KindConfig, superclasses: Mapping[str, str] | None
+) -> list[list[int]]:
+    """The tailor slots of each class: its own, and with gate superclass its superclass's too."""
+    own = [[i] for i in range(len(classes))]
+    if (kind.gate == "superclass") != (superclasses is not None):
+        asked = (
+            "needs superclasses (class -> superclass)" if superclasses is None else "takes no superclasses"
+        )
+        raise UsageError(f"gate {kind.gate!r} {asked}.")
+    if superclasses is None:
+        return own
+    if lacking := [name for name in classes.names if name not in superclasses]:
+        raise UsageError(f"no superclass is given for {shorten(lacking)}; name one for each class.")
+    places: dict[str, int] = {}
+    for name in classes.names:
+        places.setdefault(superclasses[name], len(classes) + len(places))
+    return [[*slot, places[superclasses[name]]] for slot, name in zip(own, classes.names, strict=True)]
 
 
 def _outside_matrices(model: DiT) -> dict[str, torch.Tensor]:
@@ -113,13 +140,18 @@ def _outside_matrices(model: DiT) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def _fill_(
-    layer: ComponentLinear, dense: nn.Module, kind: KindConfig, slots: int, generator: torch.Generator
+    layer: ComponentLinear,
+    dense: nn.Module,
+    kind: KindConfig,
+    structure: Structure,
+    generator: torch.Generator,
 ) -> None:
     weight_OI = dense.weight
     assert isinstance(weight_OI, torch.Tensor)
+    slots, on_at_once = structure.slots, structure.gate_width
     dealt = slots * kind.tailor_rank if layer.has_tailors else 0
     rank, wanted = kind.learngene_rank, kind.learngene_rank + dealt
-    active = rank + (kind.tailor_rank if dealt else 0)
+    active = rank + (kind.tailor_rank * on_at_once if dealt else 0)
     if kind.init == "per-factor":
         pool = algebra.random(wanted, *_sides(weight_OI), active, generator)
     else:
@@ -131,13 +163,13 @@ def _fill_(
     scale = 1.0
     if kind.init == "svd-rescaled":
         energy = pool.sigma[:wanted].square()
-        on = energy[:rank].sum() + (energy[rank:].sum() / slots if dealt else 0.0)
+        on = energy[:rank].sum() + (energy[rank:].sum() * on_at_once / slots if dealt else 0.0)
         scale = float((weight_OI.square().sum() / on).sqrt())
     layer.u.copy_(pool.u[:rank])
     layer.sigma.copy_(pool.sigma[:rank] * scale)
     layer.v.copy_(pool.v[:rank])
     if dealt:
-        # component rank + n * slots + s goes to slot s: each class gets a like share of every size
+        # component rank + n * slots + s goes to slot s: each slot gets a like share of every size
         for slot in range(slots):
             own = slice(rank + slot, wanted, slots)
             layer.tailor_u[slot].copy_(pool.u[own])

@@ -18,6 +18,10 @@ def open_samples(config: DataConfig) -> SampleSet:
     """Images as `open_images` opens them, or the latents of a directory made by `kindiff encode`."""
     from kindiff.data.latents import LATENTS, LatentSet
 
+    if config.groups:
+        from kindiff.data.merged import open_merged
+
+        return open_merged(config, open_samples)  # type: ignore[type-var]
     path = Path(config.source).expanduser()
     if not (path / LATENTS).is_file():
         return open_images(config)
@@ -30,6 +34,10 @@ def open_images(config: DataConfig) -> ImageSet:
     Raises UsageError for what cannot be had (an unknown class, another size than a prepared set has, a folder
     of the wrong layout), FileNotFoundError for a missing folder, BadFileError for a damaged file.
     """
+    if config.groups:
+        from kindiff.data.merged import open_merged
+
+        return open_merged(config, open_images)
     if config.source.startswith("avatars:"):
         from kindiff.data.avatars import open_avatars
 

@@ -78,7 +78,8 @@ class DiT(nn.Module):
         """
         x_BTD = self.patch_embed(patchify(x_BCHW, self.config.patch)) + self.positions_TD
         e_BD = self.class_embed(ids_B)
-        c_BD = self.time_embed(timestep_features(t_B, FREQUENCIES).to(e_BD.dtype)) + e_BD
+        last = self.config.time_features == "diffusers"
+        c_BD = self.time_embed(timestep_features(t_B, FREQUENCIES, reach_last=last).to(e_BD.dtype)) + e_BD
         gating = None
         if self.gate is not None:
             gating = self.gate(ids_B if gate_ids_B is None else gate_ids_B, e_BD)

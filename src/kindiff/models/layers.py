@@ -46,11 +46,17 @@ def modulate(x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     return x_BTD * (1 + scale_BD.unsqueeze(1)) + shift_BD.unsqueeze(1)
 
 
-def timestep_features(t_B: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoidal features of the timestep (Vaswani et al. 2017; cosines first, as in DiT): (B, width)."""
+def timestep_features(
+    t_B: Tensor, width: int, *, reach_last: bool = False, max_period: float = 10_000.0
+) -> Tensor:
+    """Sinusoidal features of the timestep (Vaswani et al. 2017; cosines first, as in DiT): (B, width).
+
+    The frequencies fall from 1 towards 1 / max_period, and with reach_last the last one is 1 / max_period itself
+    (diffusers' DiT).
+    """
     half = width // 2
-    frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, device=t_B.device).float())
-    angles = t_B.float().unsqueeze(1) * frequencies.unsqueeze(0)
+    powers = -math.log(max_period) * torch.arange(half, device=t_B.device).float() / (half - reach_last)
+    angles = t_B.float().unsqueeze(1) * powers.exp().unsqueeze(0)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
-from kindiff.components import factorize
 from kindiff.config import PretrainConfig, to_dict
 from kindiff.data import open_samples
 from kindiff.data.sets import SampleSet
@@ -15,10 +12,11 @@ from kindiff.pipeline import DiTPipeline
 from kindiff.progress import say
 from kindiff.train.loop import fit
 from kindiff.train.run import Run
+from kindiff.train.starting import init_hash, starting_model
 
 
 def new_model(config: PretrainConfig, samples: SampleSet) -> DiT:
-    """The untrained model of a config: a function of the config, the data's shape and classes, and the seed."""
+    """The model of a config at step 0: a function of the config, the data's shape and classes, and the seed."""
     shape = config.model.build(
         input_size=samples.size,
         channels=samples.channels,
@@ -27,10 +25,7 @@ def new_model(config: PretrainConfig, samples: SampleSet) -> DiT:
         schedule=config.objective.schedule,
         autoencoder=samples.autoencoder_hash,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.train.seed)
-        model = DiT(shape, classes=samples.classes)
-    return model if config.method == "dense" else factorize(model, config.kind, seed=config.train.seed)
+    return starting_model(config, shape, samples.classes)
 
 
 def pretrain(config: PretrainConfig, out: str | Path) -> DiTPipeline:
@@ -41,7 +36,8 @@ def pretrain(config: PretrainConfig, out: str | Path) -> DiTPipeline:
     """
     samples = open_samples(config.data)
     model = new_model(config, samples)
-    run = Run(Path(out), {"command": "pretrain", "config": to_dict(config), "data": samples.sha256})
+    description = {"command": "pretrain", "config": to_dict(config), "data": samples.sha256}
+    run = Run(Path(out), description | {"init": init_hash(config)})
     if not run.finished:
         trained = fit(model, samples, config.objective, config.train, run, config.data.flip)
         DiTPipeline(trained, samples.autoencoder()).save_pretrained(run.model)
