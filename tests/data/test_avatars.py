@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
@@ -25,21 +24,22 @@ from kindiff.errors import UsageError
 SMALL = ("blobs", "lorelei", "stack")
 
 
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("KINDIFF_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 @pytest.fixture(scope="module")
-def whole_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache with a whole default set; the group is cut to two styles and 4 pixels to save time."""
+def small_group_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("avatars")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(GROUPS, "novel", ("moods", "planets"))
         patch.setenv("KINDIFF_CACHE", str(path))
         open_avatars("novel", size=4)
-        yield path
+    return path
+
+
+@pytest.fixture
+def whole_cache(small_group_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache with a whole default set; the group is cut to two styles and 4 pixels to save time."""
+    monkeypatch.setitem(GROUPS, "novel", ("moods", "planets"))
+    monkeypatch.setenv("KINDIFF_CACHE", str(small_group_cache))
+    return small_group_cache
 
 
 def test_lists() -> None:
@@ -93,7 +93,6 @@ def test_part_of_the_whole_equals_a_part_drawn_alone(
     def part() -> ImageSet:
         return open_avatars("novel", size=4, classes=("planets", "moods"), per_class=6, first=3)
 
-    monkeypatch.setenv("KINDIFF_CACHE", str(whole_cache))
     selected = part()
     monkeypatch.setenv("KINDIFF_CACHE", str(tmp_path))
     drawn = part()
@@ -103,7 +102,6 @@ def test_part_of_the_whole_equals_a_part_drawn_alone(
 
 
 def test_default_count_and_held_out_seeds(whole_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KINDIFF_CACHE", str(whole_cache))
     images = open_avatars("novel", size=4)
     assert images.counts() == [PER_CLASS] * 2
     held_out = open_avatars("novel", size=4, classes=("planets",), per_class=4, first=PER_CLASS)
@@ -116,7 +114,6 @@ def test_default_count_and_held_out_seeds(whole_cache: Path, monkeypatch: pytest
 def test_another_drawing_is_one_warning(
     whole_cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("KINDIFF_CACHE", str(whole_cache))
     avatars._warn_other_drawing.cache_clear()
     true_hash = open_avatars("novel", size=4).sha256
     monkeypatch.setitem(KNOWN_SHA256, ("novel", 4), true_hash)
@@ -129,7 +126,6 @@ def test_another_drawing_is_one_warning(
 
 
 def test_a_cached_set_opens_fast(whole_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KINDIFF_CACHE", str(whole_cache))
     _hash_once.cache_clear()
     start = time.perf_counter()
     open_avatars("novel", size=4)
