@@ -18,13 +18,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from kindiff.errors import BadFileError, UsageError
 
 FORMAT = 1
 MAX_JSON = 64 * 2**20
+_SAFETENSORS_NAMES = {  # in the order in which the library writes them
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 PICTURES = "pictures"
 
 
@@ -128,8 +131,22 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Tensors as one safetensors file. Equal contents give equal bytes."""
-    path.write_bytes(save({k: v.detach().contiguous() for k, v in tensors.items()}, dict(metadata or {})))
+    """Tensors as one safetensors file, written one by one. Equal contents give equal bytes."""
+    types = list(_SAFETENSORS_NAMES)
+    names = sorted(tensors, key=lambda name: (types.index(tensors[name].dtype), name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        kind = _SAFETENSORS_NAMES[tensors[name].dtype]
+        header[name] = {"dtype": kind, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
+    with path.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for name in names:
+            tensor = tensors[name].detach().cpu().contiguous()
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
