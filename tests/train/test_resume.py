@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +16,13 @@ import torch
 
 from kindiff import checkpoint
 from kindiff.cli.main import main
-from kindiff.config import PretrainConfig, to_dict
+from kindiff.config import PretrainConfig
 from kindiff.data import open_prepared
 from kindiff.data.batches import batches
 from kindiff.data.prepared import ImageSet
 from kindiff.errors import BadFileError
 from kindiff.train import pretrain
-from kindiff.train.loop import fit
-from kindiff.train.pretraining import new_model
-from kindiff.train.run import GROUPS, Run, _read
+from kindiff.train.run import GROUPS, _read
 from toys import assert_same_tensors, files_of, no_file_longer_than, start, toy, toy_arguments, write_shapes
 
 LONG = {"steps": 120, "batch": 4, "save_every": 4, "log_every": 3}
@@ -172,19 +171,22 @@ class Failing(ImageSet):
         return super().fetch(indices, flips)
 
 
-def break_off(config: PretrainConfig, out: Path, *, steps: int) -> None:
-    """Train `steps` further steps of the run, then fail."""
-    samples = open_prepared(Path(config.data.source))
-    run = Run(out, {"command": "pretrain", "config": to_dict(config), "data": samples.sha256})
-    with pytest.raises(OSError, match="the disk is gone"):
-        fit(
-            new_model(config, samples), Failing(samples, steps), config.objective, config.train, run,
-            config.data.flip,
-        )  # fmt: skip
+@pytest.fixture
+def break_off(monkeypatch) -> Callable[..., None]:
+    """Train `steps` further steps of a run, then fail."""
+
+    def call(config: PretrainConfig, out: Path, *, steps: int) -> None:
+        samples = open_prepared(Path(config.data.source))
+        with monkeypatch.context() as patch:
+            patch.setattr("kindiff.train.pretraining.open_samples", lambda _: Failing(samples, steps))
+            with pytest.raises(OSError, match="the disk is gone"):
+                pretrain(config, out)
+
+    return call
 
 
 @pytest.fixture
-def two_checkpoints(shapes: Path, tmp_path: Path) -> Path:
+def two_checkpoints(shapes: Path, tmp_path: Path, break_off) -> Path:
     """An unfinished run of 12 steps with whole checkpoints at steps 4 and 8."""
     run, config = tmp_path / "run", toy(shapes)
     break_off(config, run, steps=5)
@@ -254,7 +256,7 @@ def test_no_flipped_bit_of_a_description_goes_unnoticed(two_checkpoints: Path) -
 
 
 def test_a_full_disk_while_saving_keeps_the_older_checkpoint(
-    shapes: Path, short_run: Path, tmp_path: Path
+    shapes: Path, short_run: Path, tmp_path: Path, break_off
 ) -> None:
     config, run = toy(shapes), tmp_path / "run"
     break_off(config, run, steps=5)
