@@ -85,7 +85,7 @@ def fit(
                 run.save(step, _tensors(model, ema, optimiser, loss_sum, since))
                 raise NotFinite(
                     f"step {step}: the loss ({float(loss.detach())}) or the gradient's norm ({float(norm)}) is not "
-                    "finite; the step was not taken and the state before it is saved. Try a lower learning rate or fp32."
+                    "finite; the step was not taken and the state before it is saved. Try a lower rate or fp32."
                 )
             factor = factor_of(step, config)
             optimiser.step(factor=factor, slots=slots, ids=ids)
