@@ -185,6 +185,12 @@ def check_tensors(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, 
             )
 
 
+def check_hash(path: Path, found: Mapping[str, Tensor], recorded: str | None) -> None:
+    """BadFileError unless a file's tensors have the recorded hash_tensors; None: none was recorded."""
+    if recorded is not None and hash_tensors(found) != recorded:
+        raise BadFileError(f"{path} is damaged: its hash is not the recorded one; fetch or make it again.")
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file, as hex."""
     with path.open("rb") as file:

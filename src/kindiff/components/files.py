@@ -48,7 +48,8 @@ def save_components(
             autoencoder.write_files(folder / "autoencoder")
         (folder / "tailors").mkdir()
         for name, tensors in parts.tailors.items():
-            metadata = {"class": name, "learngenes": fingerprint}
+            content = checkpoint.hash_tensors(tensors)
+            metadata = {"class": name, "learngenes": fingerprint, "sha256": content}
             checkpoint.write_tensors(folder / "tailors" / f"{name}.safetensors", tensors, metadata)
 
 
@@ -74,12 +75,8 @@ def load_components(directory: str | Path, classes: Iterable[str] | None = None)
     tailors = {
         name: _read_tailor(folder, name, config, targets, description["learngenes"]) for name in wanted
     }
-    parts = Components(config, targets, learngenes, tailors)
-    if parts.learngene_hash != description["learngenes"]:
-        raise BadFileError(
-            f"{path} is damaged: its hash is not the one in config.json; fetch or make it again."
-        )
-    return parts
+    checkpoint.check_hash(path, learngenes, description["learngenes"])
+    return Components(config, targets, learngenes, tailors)
 
 
 def load_autoencoder(directory: str | Path) -> Autoencoder | None:
@@ -143,4 +140,5 @@ def _read_tailor(
             for leaf, shape in (("u", (rank, features_out)), ("sigma", (rank,)), ("v", (rank, features_in))):
                 wanted[f"{key}.{leaf}"] = torch.empty(shape, device="meta")
     checkpoint.check_tensors(path, tensors, wanted)
+    checkpoint.check_hash(path, tensors, metadata.get("sha256"))
     return tensors

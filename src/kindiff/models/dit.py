@@ -111,6 +111,7 @@ class DiT(nn.Module):
             "model": to_dict(self.config),
             "classes": list(self.classes.names),
             "structure": self.structure,
+            "weights": checkpoint.hash_tensors(self.state_dict()),
         }
         checkpoint.write_json(folder / "config.json", description)
         checkpoint.write_tensors(folder / "model.safetensors", self.state_dict())
@@ -139,6 +140,7 @@ class DiT(nn.Module):
             raise BadFileError(f"{folder / 'config.json'} is damaged: {error}") from None
         tensors = checkpoint.read_tensors(folder / "model.safetensors")
         checkpoint.check_tensors(folder / "model.safetensors", tensors, model.state_dict())
+        checkpoint.check_hash(folder / "model.safetensors", tensors, description.get("weights"))
         model.load_state_dict(tensors, assign=True)
         model.positions_TD = position_table(config.width, config.input_size // config.patch)
         return model.requires_grad_(True)
@@ -168,7 +170,7 @@ class Block(nn.Module):
             features_out, features_in = config.matrix_shape(matrix)
             self.add_module(matrix, linear(matrix, features_in, features_out))
         self.norm_attention = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
-        self.norm_mlp = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
+        self.norm_mlp = nn.LayerNorm(config.width, eps=config.mlp_norm_eps, elementwise_affine=False)
         self.modulation = nn.Linear(config.width, 6 * config.width)
 
     def forward(self, x_BTD: Tensor, c_BD: Tensor, gating: Gating | None) -> Tensor:
