@@ -61,6 +61,8 @@ class DiTConfig:
     time_features: Literal["published", "diffusers"] = "published"
     """Frequencies of the timestep's features: published, 10000^(-i/128); diffusers, 10000^(-i/127), which
     diffusers' own DiT uses instead."""
+    mlp_norm_eps: float = 1e-6
+    """Epsilon of the norm before the MLP: 1e-6 as published; diffusers' DiT has 1e-5 unless told otherwise."""
 
     def __post_init__(self) -> None:
         for name in ("input_size", "channels", "num_classes", "width", "depth", "heads", "patch"):
