@@ -7,6 +7,7 @@ hash of the learngenes that it fits. docs/formats.md describes the files.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,9 @@ def load_components(directory: str | Path, classes: Iterable[str] | None = None)
     """
     folder = Path(directory)
     description = _description(folder)
-    config = from_dict(DiTConfig, description["model"])
     listed = ClassSet(tuple(description["classes"]))
+    # `classes` says which there are: a tailor shipped alone is added by its name there
+    config = replace(from_dict(DiTConfig, description["model"]), num_classes=len(listed))
     wanted = listed.names if classes is None else tuple(classes)
     listed.ids(wanted)
     targets = tuple(description["targets"])
