@@ -1,0 +1,1 @@
+"""Other projects' files: the published DiT layout, diffusers' transformer and pipeline, the Hugging Face hub."""

@@ -28,6 +28,8 @@ COMMANDS = {
     "sample": "draw images: a grid, or a folder",
     "evaluate": "score samples against a reference: FID, sFID, IS, precision, recall, KID",
     "classes": "show a class hierarchy, merge similar classes into groups, deal them out to tasks",
+    "convert": "read and write released DiT files, diffusers' transformer and pipeline folders",
+    "push": "write a model card from the run and upload the model to the Hugging Face hub",
     "inspect": "show where a model's or parts directory's parameters, bytes and GMACs are",
     "env": "show versions and hardware",
 }

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -37,8 +38,19 @@ class Linear(nn.Linear):
 
 
 def project(layers: Sequence[nn.Module], x: Tensor, gating: Gating | None) -> list[Tensor]:
-    """Apply layers that share their input (q, k, v); their type may share work among them."""
-    return type(layers[0]).together(layers, x, gating)  # type: ignore[attr-defined]
+    """Apply layers that share their input (q, k, v); layers of one type that has `together` may share work.
+
+    Others (a tuner wrapped around some of them) are called one by one.
+    """
+    together = getattr(type(layers[0]), "together", None)
+    if together is not None and len({type(layer) for layer in layers}) == 1:
+        return together(layers, x, gating)
+    return [layer(x, gating) for layer in layers]
+
+
+def attend(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor) -> Tensor:
+    """Attention of each head H over the tokens, E its width: (B, H, T, E)."""
+    return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE)
 
 
 def modulate(x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
