@@ -18,7 +18,7 @@ from kindiff import checkpoint
 from kindiff.classes import ClassSet, numbered
 from kindiff.config import MATRICES, DiTConfig, from_dict, to_dict
 from kindiff.errors import BadFileError, UsageError
-from kindiff.models.layers import Gating, Linear, modulate, position_table, project, timestep_features
+from kindiff.models.layers import Gating, Linear, attend, modulate, position_table, project, timestep_features
 
 FREQUENCIES = 256  # features of the timestep before its MLP, as published
 
@@ -186,7 +186,7 @@ class Block(nn.Module):
             y.unflatten(2, (self.heads, -1)).transpose(1, 2)
             for y in project((self.q, self.k, self.v), x_BTD, gating)
         )
-        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), gating)
+        return self.o(attend(q, k, v).transpose(1, 2).flatten(2), gating)
 
 
 class FinalLayer(nn.Module):

@@ -49,7 +49,14 @@ def project(layers: Sequence[nn.Module], x: Tensor, gating: Gating | None) -> li
 
 
 def attend(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor) -> Tensor:
-    """Attention of each head H over the tokens, E its width: (B, H, T, E)."""
+    """Attention of each head H over the tokens, E its width: (B, H, T, E).
+
+    torch's fused kernel, except in bf16 on a CPU, where three plain operations are faster at these lengths
+    (benchmarks/attention.py).
+    """
+    if q_BHTE.device.type == "cpu" and q_BHTE.dtype == torch.bfloat16:
+        scores_BHTT = (q_BHTE * q_BHTE.shape[-1] ** -0.5) @ k_BHTE.transpose(-1, -2)
+        return scores_BHTT.softmax(dim=-1) @ v_BHTE
     return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE)
 
 
