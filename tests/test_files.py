@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -417,23 +416,6 @@ def test_a_full_disk_leaves_the_older_directory(
                 save(target)
     assert files_of(tmp_path) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "parts"]
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 512 KiB, where mounting is permitted."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    try:
-        mounted = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", place], capture_output=True, check=False
-        )
-    except FileNotFoundError:
-        pytest.skip("no mount command")
-    if mounted.returncode:
-        pytest.skip("mounting is not permitted")
-    yield place
-    subprocess.run(["umount", place], check=True)
 
 
 def test_a_truly_full_disk(parts: Components, tiny_disk: Path) -> None:

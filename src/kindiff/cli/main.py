@@ -12,6 +12,7 @@ import importlib
 import os
 import sys
 import traceback
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,9 @@ def parse(args_class: type, argv: list[str], *, prog: str) -> Any:
 def _flags_spelled_out(args_class: type, argv: list[str]) -> list[str]:
     """`--json` as `--json True`: a command's own switches need no value, a recipe's settings do."""
     switches = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(args_class) if f.default is False}
-    following = [*argv[1:], ""]
     return [
         part
-        for word, after in zip(argv, following, strict=True)
+        for word, after in pairwise([*argv, ""])
         for part in ([word, "True"] if word in switches and after not in ("True", "False") else [word])
     ]
 

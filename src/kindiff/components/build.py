@@ -69,12 +69,12 @@ def empty(config: DiTConfig, classes: ClassSet, structure: Structure) -> DiT:
     return DiT(config, classes=classes, linear=linear, gate=gate, structure=to_dict(structure))
 
 
-def check_rank(rank: int | None, matrix: str, config: DiTConfig) -> None:
-    """UsageError when a learngene rank exceeds what the matrix can have."""
+def check_rank(rank: int | None, matrix: str, config: DiTConfig, *, what: str = "learngene") -> None:
+    """UsageError when a rank exceeds what the matrix can have."""
     full = min(config.matrix_shape(matrix))
     if rank is not None and rank > full:
         raise UsageError(
-            f"learngene rank {rank} is larger than the full rank {full} of matrix {matrix!r}; use 1 to {full}."
+            f"{what} rank {rank} is larger than the full rank {full} of matrix {matrix!r}; use 1 to {full}."
         )
 
 
@@ -91,6 +91,8 @@ def factorize(
     """
     if model.structure is not None:
         raise UsageError("the model is already made of components; factorize takes a dense one.")
+    for matrix in kind.targets:
+        check_rank(kind.tailor_rank, matrix, model.config, what="tailor")
     table = slots_of_classes(model.classes, kind, superclasses)
     slots = 1 + max(max(row) for row in table)
     structure = Structure(
@@ -109,7 +111,7 @@ def factorize(
     matrices = dict(model.named_matrices())
     for name, layer in new.named_matrices():
         assert isinstance(layer, ComponentLinear)
-        _fill_(layer, matrices[name], kind, structure, generator)
+        fill_components_(layer, matrices[name], kind, structure, generator)
     return new
 
 
@@ -139,13 +141,14 @@ def _outside_matrices(model: DiT) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def _fill_(
+def fill_components_(
     layer: ComponentLinear,
     dense: nn.Module,
     kind: KindConfig,
     structure: Structure,
     generator: torch.Generator,
 ) -> None:
+    """Set a matrix's learngenes and tailors from its dense weight, as `kind.init` says; in place."""
     weight_OI = dense.weight
     assert isinstance(weight_OI, torch.Tensor)
     slots, on_at_once = structure.slots, structure.gate_width

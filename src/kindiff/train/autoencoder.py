@@ -77,7 +77,7 @@ def train_autoencoder(samples: SampleSet, config: EncodeConfig) -> Autoencoder:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
             adam.step()
             if step % 20 == 0:
-                track.note = f"loss {float(loss):.4f}"
+                track.note = f"loss {float(loss.detach()):.4f}"
             track.advance(config.batch)
     return _normalised(model.cpu().requires_grad_(False).eval(), samples, config)
 
