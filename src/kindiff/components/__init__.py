@@ -1,6 +1,8 @@
 """The method: factored matrices, gates, taking models apart and putting them together."""
 
 from kindiff.components.algebra import Factors, canonical, svd
+from kindiff.components.anymodel import factorize_modules
+from kindiff.components.anyparts import decompose_modules, merge_modules
 from kindiff.components.build import factorize
 from kindiff.components.files import load_autoencoder, load_components, save_components
 from kindiff.components.gates import SoftGate, TableGate
@@ -15,9 +17,12 @@ __all__ = [
     "TableGate",
     "canonical",
     "decompose",
+    "decompose_modules",
     "factorize",
+    "factorize_modules",
     "load_autoencoder",
     "load_components",
+    "merge_modules",
     "save_components",
     "svd",
 ]
