@@ -28,6 +28,11 @@ def grid(images_BHWC: np.ndarray, *, columns: int, gap: int = 2) -> np.ndarray:
     return sheet
 
 
+def enlarged(image_HWC: np.ndarray, times: int) -> np.ndarray:
+    """A picture with every pixel as a square of times x times."""
+    return image_HWC.repeat(times, axis=0).repeat(times, axis=1)
+
+
 def png_bytes(image_HWC: np.ndarray) -> bytes:
     """A picture as PNG."""
     buffer = io.BytesIO()

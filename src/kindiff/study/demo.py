@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from kindiff.checkpoint import write_file
 from kindiff.components import decompose, load_components, save_components
 from kindiff.config import (
     BackboneConfig,
@@ -52,7 +51,7 @@ DEMOS = {
         sample=SampleConfig(steps=20, guidance=1.5, precision="bf16", batch=128),
         one="voxel-art",
         four=("critters", "pixel-art", "landscape", "lorelei"),
-        strip=6,
+        strip=4,
     ),
     "smoke": Demo(
         pretrain=PretrainConfig(
@@ -103,6 +102,5 @@ def run_demo(out: Path, demo: Demo) -> Path:
         save_components(novel, folder.novel_parts)
 
     say("6/6  sampling from all of them")
-    html = demo_page(folder, demo.pretrain, demo.transfer, demo.sample, strip=demo.strip)
-    write_file(folder.page, html.encode())
+    demo_page(folder, demo.pretrain, demo.transfer, demo.sample, strip=demo.strip)
     return folder.page

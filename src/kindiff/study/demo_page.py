@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from kindiff.checkpoint import read_json
+from kindiff.checkpoint import read_json, write_file
 from kindiff.config import PretrainConfig, SampleConfig, TransferConfig
 from kindiff.data import open_images
 from kindiff.evaluate.cost import closed_macs, cost_table, tailor_parameters, total
+from kindiff.images import enlarged, grid, write_png
 from kindiff.models import DiT
 from kindiff.pipeline import DiTPipeline
 from kindiff.progress import Track
@@ -52,11 +53,15 @@ class DemoFolder:
     def page(self) -> Path:
         return self.root / "index.html"
 
+    @property
+    def picture(self) -> Path:
+        return self.root / "novel.png"
+
 
 def demo_page(
     folder: DemoFolder, base: PretrainConfig, novel: TransferConfig, sample: SampleConfig, *, strip: int
-) -> str:
-    """Sample from every model of the demo and lay the page out."""
+) -> None:
+    """Sample from every model of the demo; write the page, and a picture of the new classes alone."""
     models = {
         name: DiTPipeline.from_pretrained(path)
         for name, path in (
@@ -88,7 +93,7 @@ def demo_page(
 
     three = ("real", "learngenes + tailor", "learngenes alone")
     size = base.data.size
-    zoom = max(1, 48 // size)
+    zoom = max(1, round(64 / size))
     few = novel.data.per_class
     body = [
         heading("One pre-training run, many models", 1),
@@ -130,7 +135,9 @@ def demo_page(
         sheet(three, rows(real_base, drawn_full, bare_full), zoom=zoom),
         paragraph(_provenance(folder), soft=True),
     ]
-    return page("kindiff demo", body)
+    write_file(folder.page, page("kindiff demo", body).encode())
+    strips_of_class = [np.concatenate([real_novel[c], drawn_novel[c], bare_novel[c]]) for c in real_novel]
+    write_png(folder.picture, enlarged(grid(np.concatenate(strips_of_class), columns=3 * strip), zoom))
 
 
 def _real(config: PretrainConfig | TransferConfig, strip: int) -> dict[str, np.ndarray]:
