@@ -125,12 +125,17 @@ def save_released(model: DiT, path: str | Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         if path.suffix == ".pt":
-            torch.save({name: tensor.clone() for name, tensor in tensors.items()}, temporary)
+            torch.save({name: _alone(tensor) for name, tensor in tensors.items()}, temporary)
         else:
             checkpoint.write_tensors(temporary, tensors)
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """torch.save writes a view's whole storage: a view becomes a tensor of its own."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _config(tensors: Mapping[str, Tensor], heads: int, objective: str, where: str) -> DiTConfig:
