@@ -19,13 +19,13 @@ from kindiff.checkpoint import hash_tensors
 from kindiff.classes import ClassSet
 from kindiff.components import algebra
 from kindiff.components.algebra import Factors
+from kindiff.components.assembly import factors_of, fill_slot_, freeze_learngenes, merge
 from kindiff.components.build import Structure, empty
 from kindiff.components.gates import TableGate
 from kindiff.components.linear import ComponentLinear
 from kindiff.config import MATRICES, DiTConfig
 from kindiff.errors import UsageError
 from kindiff.models.dit import DiT
-from kindiff.models.layers import Linear
 
 Layers = Literal["auto", "factored", "dense", "merged"]
 """How recombined matrices are held. factored: as components. dense: learngenes as one weight, tailors as
@@ -100,7 +100,7 @@ class Components:
         if layers == "auto":
             layers = "factored" if factored_is_cheaper(self.config, rank) else "dense"
         model = self._assemble(wanted, learngene_rank, dense=layers != "factored")
-        return _merge(model) if layers == "merged" else model
+        return merge(model) if layers == "merged" else model
 
     def with_new_tailors(
         self,
@@ -144,7 +144,7 @@ class Components:
             for matrix in names:
                 blank = algebra.fresh(rank, *shapes[matrix.rsplit(".", 1)[1]], generator=generator)
                 if parent is not None and f"{matrix}.sigma" in parent:
-                    old = _factors(parent, matrix).first(rank)
+                    old = factors_of(parent, matrix).first(rank)
                     blank = Factors(*(torch.cat([a, b[len(a) :]]) for a, b in zip(old, blank, strict=True)))
                 tensors |= _named(matrix, blank)
             tailors[name] = tensors
@@ -152,7 +152,7 @@ class Components:
             self, config=_with_classes(self.config, len(wanted)), targets=targets, tailors=tailors
         )
         model = parts._assemble(wanted, None, dense=False, slots=1 if share == "task" else None)
-        return _freeze_learngenes(model, train_also)
+        return freeze_learngenes(model, train_also)
 
     def extended(self, other: Components) -> Components:
         """These parts and the tailors of others that stand on the same learngenes.
@@ -191,7 +191,7 @@ class Components:
                 state[name].copy_(tensor)
         for name, layer in model.named_matrices():
             assert isinstance(layer, ComponentLinear)
-            learngenes = _factors(self.learngenes, name)
+            learngenes = factors_of(self.learngenes, name)
             if learngene_rank is not None and learngene_rank < len(learngenes.sigma):
                 learngenes = algebra.canonical(learngenes).first(rank)
             if dense:
@@ -202,7 +202,7 @@ class Components:
                 layer.v.copy_(learngenes.v)
             if layer.has_tailors:
                 for slot in range(slots):
-                    _fill_slot_(layer, slot, self.tailors[wanted.names[slot]], name)
+                    fill_slot_(layer, slot, self.tailors[wanted.names[slot]], name)
         assert isinstance(model.gate, TableGate)
         model.gate.fill_([[min(i, slots - 1)] for i in range(len(wanted))])
         return model
@@ -259,54 +259,8 @@ def decompose(model: DiT) -> Components:
     return Components(model.config, tuple(model.structure["targets"]), learngenes, tailors)
 
 
-@torch.no_grad()
-def _merge(model: DiT) -> DiT:
-    """A dense model of the single class, its tailor folded in; it has no class-agnostic part any more."""
-    assert model.gate is not None
-    gating = model.gate(torch.zeros(1, dtype=torch.int64), model.class_embed.weight[:1])
-    new = DiT(model.config, classes=model.classes)
-    state = {k: v.clone() for k, v in model.state_dict().items() if k in new.state_dict()}
-    new.load_state_dict(state, strict=False)
-    for (_, source), (_, target) in zip(model.named_matrices(), new.named_matrices(), strict=True):
-        assert isinstance(source, ComponentLinear)
-        assert isinstance(target, Linear)
-        target.weight.copy_(source.merged_weight(gating))
-    return new
-
-
-def _freeze_learngenes(model: DiT, train_also: tuple[Literal["bias", "final"], ...]) -> DiT:
-    matrices = {name for name, _ in model.named_matrices()}
-    for name, parameter in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        parameter.requires_grad_(
-            leaf.startswith("tailor_")
-            or owner == "class_embed"
-            or ("bias" in train_also and owner in matrices and leaf == "bias")
-            or ("final" in train_also and name.startswith("final."))
-        )
-    return model
-
-
-def _fill_slot_(layer: ComponentLinear, slot: int, tailor: Mapping[str, Tensor], matrix: str) -> None:
-    """Copy one class's components into a slot; a smaller tailor is padded with components of sigma zero."""
-    room = layer.tailor_sigma.shape[1]
-    own = _factors(tailor, matrix) if f"{matrix}.sigma" in tailor else None
-    count = 0 if own is None else len(own.sigma)
-    for bank, tensor in zip(
-        (layer.tailor_u, layer.tailor_sigma, layer.tailor_v), own or (None, None, None), strict=True
-    ):
-        if count < room:
-            bank[slot].zero_()
-        if tensor is not None:
-            bank[slot, :count].copy_(tensor)
-
-
 def _with_classes(config: DiTConfig, count: int) -> DiTConfig:
     return dataclasses.replace(config, num_classes=count)
-
-
-def _factors(tensors: Mapping[str, Tensor], matrix: str) -> Factors:
-    return Factors(tensors[f"{matrix}.u"], tensors[f"{matrix}.sigma"], tensors[f"{matrix}.v"])
 
 
 def _named(matrix: str, factors: Factors) -> dict[str, Tensor]:

@@ -1,0 +1,62 @@
+"""The last steps of putting a model together from parts: slots filled, tailors folded in, learngenes frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kindiff.components.algebra import Factors
+from kindiff.components.linear import ComponentLinear
+from kindiff.models.dit import DiT
+from kindiff.models.layers import Linear
+
+
+def factors_of(tensors: Mapping[str, Tensor], matrix: str) -> Factors:
+    """The components of one matrix among the tensors of a part."""
+    return Factors(tensors[f"{matrix}.u"], tensors[f"{matrix}.sigma"], tensors[f"{matrix}.v"])
+
+
+@torch.no_grad()
+def merge(model: DiT) -> DiT:
+    """A dense model of the single class, its tailor folded in; it has no class-agnostic part any more."""
+    assert model.gate is not None
+    gating = model.gate(torch.zeros(1, dtype=torch.int64), model.class_embed.weight[:1])
+    new = DiT(model.config, classes=model.classes)
+    state = {k: v.clone() for k, v in model.state_dict().items() if k in new.state_dict()}
+    new.load_state_dict(state, strict=False)
+    for (_, source), (_, target) in zip(model.named_matrices(), new.named_matrices(), strict=True):
+        assert isinstance(source, ComponentLinear)
+        assert isinstance(target, Linear)
+        target.weight.copy_(source.merged_weight(gating))
+    return new
+
+
+def freeze_learngenes(model: DiT, train_also: tuple[Literal["bias", "final"], ...]) -> DiT:
+    """Only tailors, class embeddings and what `train_also` names require gradients; in place."""
+    matrices = {name for name, _ in model.named_matrices()}
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        parameter.requires_grad_(
+            leaf.startswith("tailor_")
+            or owner == "class_embed"
+            or ("bias" in train_also and owner in matrices and leaf == "bias")
+            or ("final" in train_also and name.startswith("final."))
+        )
+    return model
+
+
+def fill_slot_(layer: ComponentLinear, slot: int, tailor: Mapping[str, Tensor], matrix: str) -> None:
+    """Copy one class's components into a slot; a smaller tailor is padded with components of sigma zero."""
+    room = layer.tailor_sigma.shape[1]
+    own = factors_of(tailor, matrix) if f"{matrix}.sigma" in tailor else None
+    count = 0 if own is None else len(own.sigma)
+    for bank, tensor in zip(
+        (layer.tailor_u, layer.tailor_sigma, layer.tailor_v), own or (None, None, None), strict=True
+    ):
+        if count < room:
+            bank[slot].zero_()
+        if tensor is not None:
+            bank[slot, :count].copy_(tensor)

@@ -1,0 +1,42 @@
+"""Frozen, typed configs (standard library only) and the strict reader of recipes.
+
+Every field's docstring is its help text on the command line. A part receives its own config, never the whole.
+"""
+
+from kindiff.config.reading import from_dict, load_recipe, to_dict
+from kindiff.config.runs import (
+    DataConfig,
+    EncodeConfig,
+    ObjectiveConfig,
+    PretrainConfig,
+    SampleConfig,
+    TrainConfig,
+    TransferConfig,
+)
+from kindiff.config.shapes import (
+    DIT_SIZES,
+    MATRICES,
+    AutoencoderConfig,
+    BackboneConfig,
+    DiTConfig,
+    KindConfig,
+)
+
+__all__ = [
+    "DIT_SIZES",
+    "MATRICES",
+    "AutoencoderConfig",
+    "BackboneConfig",
+    "DataConfig",
+    "DiTConfig",
+    "EncodeConfig",
+    "KindConfig",
+    "ObjectiveConfig",
+    "PretrainConfig",
+    "SampleConfig",
+    "TrainConfig",
+    "TransferConfig",
+    "from_dict",
+    "load_recipe",
+    "to_dict",
+]

@@ -1,0 +1,202 @@
+"""What a run does: data, objective, loop, sampling, and whole recipes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kindiff.config.shapes import MATRICES, AutoencoderConfig, BackboneConfig, KindConfig
+from kindiff.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What the model learns to predict."""
+
+    kind: Literal["flow", "epsilon"] = "flow"
+    """flow: rectified flow (velocity). epsilon: DiT's own, the noise with a learned range of variances."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """Noise schedule of the epsilon objective."""
+    label_dropout: float = 0.1
+    """Share of samples trained as the null class (for classifier-free guidance); tailors are off there."""
+    gate_dropout: float = 0.2
+    """Share of samples whose tailors are off while their class embedding stays on."""
+
+    def __post_init__(self) -> None:
+        for name in ("label_dropout", "gate_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be in [0, 1).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images."""
+
+    source: str = "avatars:base"
+    """avatars:base, avatars:novel or avatars:all; a folder with one sub-folder a class; or a prepared folder
+    (made by an earlier run or by `kindiff encode`)."""
+    size: int = 32
+    """Side in pixels; images are scaled and centre-cropped to it."""
+    classes: tuple[str, ...] = ()
+    """Only these classes, in this order; empty for all."""
+    per_class: int = 0
+    """At most this many images a class, the first ones; 0 for all (avatars: 400)."""
+    groups: str = ""
+    """Merge classes into groups that then are the classes: `imagenet` (611 groups), `avatars`, or a JSON file
+    made by `kindiff classes`."""
+    split: str = ""
+    """Only the groups of this list of the groups file, such as base, novel or novel-10; empty for all."""
+    flip: bool = True
+    """Mirror a random half of the samples."""
+    strict: bool = False
+    """Stop at an unreadable image instead of naming, counting and skipping it."""
+
+    def __post_init__(self) -> None:
+        if self.split and not self.groups:
+            raise UsageError(f"split {self.split!r} is a list of groups; say which with groups.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 2000
+    """Optimiser steps."""
+    batch: int = 64
+    """Images a step."""
+    lr: float = 1e-3
+    """Peak learning rate of the dense parameters and the learngenes."""
+    tailor_lr: float = 0.0
+    """Peak learning rate of the tailors; 0 for the same as lr."""
+    warmup: int = 100
+    """Steps of linear warm-up."""
+    decay: float = 0.3
+    """Last share of the steps over which the learning rate falls linearly to zero; 0 for a constant rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the dense matrices; components, biases and embeddings have none."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    ema: float = 0.999
+    """Decay of the exponential moving average a step; its start is faster."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Arithmetic of the matrix products; parameters, norms, sigma and gates stay fp32."""
+    seed: int = 0
+    """Seed of the initial weights, the order, the noise."""
+    workers: int = 0
+    """Loader processes; results do not depend on it."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+    log_every: int = 20
+    """Steps between lines of metrics.jsonl."""
+    device: str = "auto"
+    """auto (a GPU when there is one), cpu, cuda, cuda:1."""
+    tensorboard: bool = False
+    """Write TensorBoard events too (extra: tensorboard)."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not self.lr > 0:
+            raise UsageError(f"lr is {self.lr}; it must be above 0.")
+        if not 0 <= self.decay <= 1:
+            raise UsageError(f"decay is {self.decay}; it is a share of the steps, 0 to 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """How images are drawn."""
+
+    sampler: Literal["auto", "euler", "heun", "ddim", "ddpm"] = "auto"
+    """auto: heun for flow models, ddim for epsilon models."""
+    steps: int = 25
+    """Sampling steps."""
+    spacing: Literal["even", "trailing"] = "even"
+    """Timesteps of ddim and ddpm: even, from 0 to 999 as published; trailing, whole strides down from 999, as the
+    schedulers of exported pipelines have them."""
+    guidance: float = 1.5
+    """Classifier-free guidance scale; 1 for none. The learngenes alone are the unconditional model."""
+    seed: int = 0
+    """Image i is a function of (seed, i) and its class alone."""
+    batch: int = 64
+    """Images drawn at once."""
+    precision: Literal["bf16", "fp32"] = "fp32"
+    """Arithmetic of the matrix products."""
+    device: str = "auto"
+    """auto (a GPU when there is one), cpu, cuda, cuda:1."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """Images to latents, with an autoencoder that is there or trained first."""
+
+    data: DataConfig = field(default_factory=lambda: DataConfig(size=64))
+    autoencoder: str = ""
+    """Directory of a trained autoencoder; empty to train one on these images."""
+    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    """Shape of the autoencoder to train."""
+    steps: int = 1500
+    """Optimiser steps of its training."""
+    batch: int = 32
+    """Images a step, and images encoded at once."""
+    lr: float = 2e-3
+    """Peak learning rate; falls to zero along a cosine."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Arithmetic of its training; encoding is fp32."""
+    seed: int = 0
+    """Seed of the weights, the order and the noise."""
+    device: str = "auto"
+    """auto (a GPU when there is one), cpu, cuda, cuda:1."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """One pre-training run: data, backbone, split, objective, loop."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: BackboneConfig = field(default_factory=BackboneConfig)
+    method: Literal["kind", "dense"] = "kind"
+    """kind: a decomposable model. dense: the same backbone with plain matrices (the rivals' start)."""
+    init: str = ""
+    """Start from the weights of this model or components directory, of the same shape; empty for random ones."""
+    superclasses: str = ""
+    """Superclass of each class, for kind.gate superclass: `avatars`, or a JSON file made by `kindiff classes`."""
+    kind: KindConfig = field(default_factory=lambda: KindConfig(learngene_rank=64, tailor_rank=2))
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        wanted = self.method == "kind" and self.kind.gate == "superclass"
+        if wanted != bool(self.superclasses):
+            raise UsageError(
+                f"superclasses is {self.superclasses!r} with gate {self.kind.gate!r} and method {self.method!r}; "
+                "superclasses go with method kind and kind.gate superclass, and only with them."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferConfig:
+    """Learning new classes: learngenes frozen, fresh tailors."""
+
+    data: DataConfig = field(default_factory=lambda: DataConfig(source="avatars:novel", per_class=50))
+    rank: int = 2
+    """N_T of the fresh tailors."""
+    share: Literal["class", "task"] = "class"
+    """class: a tailor for each new class. task: one tailor that all new classes share."""
+    init: Literal["fresh", "nearest"] = "fresh"
+    """fresh: u at zero, v random. nearest: a copy of the pre-trained tailor that fits the class best."""
+    targets: tuple[str, ...] = MATRICES
+    """The matrices that get fresh tailors."""
+    train_also: tuple[Literal["bias", "final"], ...] = ()
+    """Learngene parts that train too: the biases of the factored matrices, the final layer."""
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=500, lr=4e-3, save_every=250))

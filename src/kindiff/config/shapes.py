@@ -1,0 +1,191 @@
+"""Shapes of models: the transformer, its factored matrices, the small autoencoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kindiff.classes import nearest
+from kindiff.errors import UsageError
+
+# width, depth, heads of the published DiT sizes (Peebles & Xie 2023, table 1), and T for tests.
+DIT_SIZES = {
+    "T": (64, 2, 2),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+
+MATRICES = ("q", "k", "v", "o", "mlp_in", "mlp_out")
+"""The factored matrices of a block, KIND's {q, k, v, o, in, out}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """Shape of a diffusion transformer."""
+
+    input_size: int
+    """Side of the square input (pixels, or latent cells)."""
+    channels: int
+    """Channels of the input: 3 for pixels, the autoencoder's for latents."""
+    num_classes: int
+    """Real classes; the embedding has one more row, the null class."""
+    width: int
+    """Width of the tokens."""
+    depth: int
+    """Number of blocks."""
+    heads: int
+    """Attention heads."""
+    patch: int
+    """Side of a patch, in input cells."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over the width."""
+    objective: Literal["flow", "epsilon"] = "flow"
+    """What the output is: flow, the velocity; epsilon, the noise and a second half that sets the variance."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """Noise schedule of an epsilon model."""
+    autoencoder: str = ""
+    """SHA-256 of the autoencoder whose latents the model works on; empty for pixels."""
+    time_features: Literal["published", "diffusers"] = "published"
+    """Frequencies of the timestep's features: published, 10000^(-i/128); diffusers, 10000^(-i/127), which
+    diffusers' own DiT uses instead."""
+    mlp_norm_eps: float = 1e-6
+    """Epsilon of the norm before the MLP: 1e-6 as published; diffusers' DiT has 1e-5 unless told otherwise."""
+
+    def __post_init__(self) -> None:
+        for name in ("input_size", "channels", "num_classes", "width", "depth", "heads", "patch"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.input_size % self.patch:
+            raise UsageError(
+                f"input size {self.input_size} is not a multiple of the patch {self.patch}; choose a patch that "
+                "divides it."
+            )
+        if self.width % self.heads or self.width % 4:
+            raise UsageError(f"width {self.width} must be a multiple of 4 and of the {self.heads} heads.")
+
+    @property
+    def tokens(self) -> int:
+        return (self.input_size // self.patch) ** 2
+
+    @property
+    def hidden(self) -> int:
+        return int(self.width * self.mlp_ratio)
+
+    @property
+    def out_channels(self) -> int:
+        return self.channels * 2 if self.objective == "epsilon" else self.channels
+
+    def matrix_shape(self, matrix: str) -> tuple[int, int]:
+        """(features out, features in) of one of MATRICES."""
+        return {"mlp_in": (self.hidden, self.width), "mlp_out": (self.width, self.hidden)}.get(
+            matrix, (self.width, self.width)
+        )
+
+    @staticmethod
+    def preset(
+        name: str,
+        *,
+        num_classes: int,
+        input_size: int = 32,
+        channels: int = 4,
+        objective: Literal["flow", "epsilon"] = "flow",
+    ) -> DiTConfig:
+        """A published size and patch, e.g. `DiT-L/2`. Sizes T, S, B, L, XL; patches 1, 2, 4, 8."""
+        return BackboneConfig(preset=name).build(
+            input_size=input_size, channels=channels, num_classes=num_classes, objective=objective
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """The backbone's shape, without what the data decides (input size, channels, classes)."""
+
+    preset: str = ""
+    """A published size such as DiT-S/2; when given, the four numbers below are not used."""
+    width: int = 192
+    """Width of the tokens."""
+    depth: int = 6
+    """Number of blocks."""
+    heads: int = 3
+    """Attention heads."""
+    patch: int = 4
+    """Side of a patch."""
+    time_features: Literal["published", "diffusers"] = "published"
+    """Frequencies of the timestep's features; with diffusers', exported pipelines are exact at any step count."""
+
+    def build(
+        self,
+        *,
+        input_size: int,
+        channels: int,
+        num_classes: int,
+        objective: Literal["flow", "epsilon"] = "flow",
+        schedule: Literal["linear", "cosine"] = "linear",
+        autoencoder: str = "",
+    ) -> DiTConfig:
+        """The whole DiTConfig, once the data is known."""
+        width, depth, heads, patch = (
+            _parse_preset(self.preset) if self.preset else (self.width, self.depth, self.heads, self.patch)
+        )
+        return DiTConfig(
+            input_size=input_size, channels=channels, num_classes=num_classes, width=width, depth=depth,
+            heads=heads, patch=patch, objective=objective, schedule=schedule, autoencoder=autoencoder,
+            time_features=self.time_features,
+        )  # fmt: skip
+
+
+def _parse_preset(name: str) -> tuple[int, int, int, int]:
+    size, _, patch = name.removeprefix("DiT-").partition("/")
+    if not name.startswith("DiT-") or size not in DIT_SIZES or patch not in ("1", "2", "4", "8"):
+        raise UsageError(
+            f"preset {name!r} is unknown; use DiT-<{'|'.join(DIT_SIZES)}>/<1|2|4|8>, for example DiT-S/2."
+        )
+    return (*DIT_SIZES[size], int(patch))
+
+
+@dataclass(frozen=True, kw_only=True)
+class KindConfig:
+    """How the weight matrices are split into learngenes and tailors."""
+
+    learngene_rank: int
+    """N_G: rank-1 components of every matrix that are always on."""
+    tailor_rank: int
+    """N_T: rank-1 components of every matrix that belong to one class."""
+    init: Literal["svd", "svd-rescaled", "per-factor"] = "svd"
+    """Start of the components: the SVD of the dense weight, the same scaled up for the part that the gate
+    switches off, or random factors (see docs/method.md for the measured choice)."""
+    gate: Literal["class", "superclass", "soft"] = "class"
+    """class: one tailor a class, on for its class only (KIND). superclass: two, the class's own and one that its
+    superclass shares (needs superclasses). soft: one weight a tailor from an MLP on the class embedding
+    (DivControl)."""
+    targets: tuple[str, ...] = MATRICES
+    """The matrices that get tailors; the others have learngenes only."""
+
+    def __post_init__(self) -> None:
+        if self.learngene_rank < 1:
+            raise UsageError(f"learngene_rank is {self.learngene_rank}; it must be at least 1.")
+        if self.tailor_rank < 0:
+            raise UsageError(f"tailor_rank is {self.tailor_rank}; it must be 0 or more.")
+        for target in self.targets:
+            if target not in MATRICES:
+                raise UsageError(
+                    f"target {target!r} is no matrix of a block{nearest(target, MATRICES)}; use {MATRICES}."
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """Shape of the small autoencoder: images to latents four times smaller a side."""
+
+    channels: int = 4
+    """Latent channels."""
+    width: int = 32
+    """Channels of its convolutions at half resolution; twice that at a quarter."""
+
+    def __post_init__(self) -> None:
+        if self.channels < 1 or self.width < 8 or self.width % 8 or max(self.channels, self.width) > 4096:
+            raise UsageError(
+                f"an autoencoder has 1 or more channels and a width that is a multiple of 8, not {self}."
+            )
