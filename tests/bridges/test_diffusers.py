@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,11 +27,13 @@ from kindiff.bridges.released import from_released, save_released, to_released
 from kindiff.classes import ClassSet
 from kindiff.cli.main import main
 from kindiff.components import Components, decompose, factorize, save_components
-from kindiff.config import DiTConfig, KindConfig
+from kindiff.config import DiTConfig, KindConfig, SampleConfig
 from kindiff.diffusion import gaussian, samplers
 from kindiff.diffusion.guidance import guided
 from kindiff.errors import BadFileError, UsageError
 from kindiff.models import DiT
+from kindiff.pipeline import DiTPipeline, to_uint8
+from kindiff.randomness import Purpose, stream
 from random_models import noisy, noisy_dit
 
 NAMES = ("ant", "bee", "cat")
@@ -164,6 +167,17 @@ def test_exported_pipelines_sample_what_we_do(diffusers, vae, tmp_path, objectiv
             decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
         torch.testing.assert_close((decoded / 2 + 0.5).clamp(0, 1), theirs, rtol=0, atol=1e-4)
         assert theirs.std() > 0.01
+
+
+def test_our_own_pipeline_takes_the_same_steps() -> None:
+    model = noisy_dit(small(), NAMES)
+    config = SampleConfig(sampler="ddim", spacing="trailing", steps=10, guidance=4.0, device="cpu")
+    drawn = DiTPipeline(model).sample([2], config)
+    noise = torch.from_numpy(stream(0, Purpose.IMAGE, 0).standard_normal((1, 4, 8, 8), dtype=np.float32))
+    few = gaussian.respaced(gaussian.schedule("linear"), 10, spacing="trailing")
+    predict = guided(model, torch.tensor([2]), null_id=3, scale=4.0, channels=4)
+    with torch.no_grad():
+        assert np.array_equal(drawn, to_uint8(samplers.ddim(predict, noise, schedule=few)))
 
 
 def ours(model: DiT, noise: torch.Tensor, steps: int, scale: float) -> torch.Tensor:
