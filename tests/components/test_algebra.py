@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from conftest import NAMES, randomised
 
+from conftest import NAMES, randomised
 from kindiff.components import ComponentLinear, SoftGate, canonical, decompose, factorize, svd
 from kindiff.components.algebra import Factors
 from kindiff.components.gates import TableGate
@@ -104,7 +104,10 @@ def test_decompose_then_recombine_is_the_model_to_the_bit(kind_model: DiT, input
         assert torch.equal(tensor, again.state_dict()[name]), name
     assert torch.equal(run(again, inputs), run(kind_model, inputs))
     twice = decompose(again).recombine()
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), twice.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again.state_dict().values(), twice.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("layers", ["auto", "factored", "dense", "merged"])
@@ -186,7 +189,9 @@ def test_nearest_start_copies_the_parent(kind_model: DiT, inputs) -> None:
 
 
 def test_one_tailor_for_the_task_is_one_slot(kind_model: DiT) -> None:
-    shared = decompose(kind_model).with_new_tailors(["owl", "fox"], rank=4, share="task", train_also=("bias",))
+    shared = decompose(kind_model).with_new_tailors(
+        ["owl", "fox"], rank=4, share="task", train_also=("bias",)
+    )
     assert shared.structure["slots"] == 1
     assert shared.gate.slots_on(torch.tensor([0, 1])).tolist() == [0]
     trained = {n for n, p in shared.named_parameters() if p.requires_grad}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kindiff.classes import numbered
 from kindiff.components import decompose, factorize
 from kindiff.components.build import Structure, empty
-from kindiff.classes import numbered
 from kindiff.config import DiTConfig, KindConfig
 from kindiff.evaluate.cost import closed_macs, cost_table, counted_macs, total
 from kindiff.models import DiT

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kindiff.models.layers import Gating
+from kindiff.models.layers import Gating, compute_dtype
 
 
 class ComponentLinear(nn.Module):
@@ -49,16 +49,23 @@ class ComponentLinear(nn.Module):
 
     @staticmethod
     def together(layers: Sequence[ComponentLinear], x_BTI: Tensor, gating: Gating | None) -> list[Tensor]:
-        """Layers that share their input (q, k, v): their V sides are one product.
+        """Layers that share their input (q, k, v): it is rounded once, and their tailors' V sides are one product.
 
         sigma and the gate's weights scale U in fp32, before any rounding to the compute dtype.
         """
-        outputs = _learngenes(layers, x_BTI)
-        tailored = [i for i, layer in enumerate(layers) if layer.has_tailors]
+        x_BTI = compute_dtype(x_BTI)
+        outputs = [layer.learngenes(x_BTI) for layer in layers]
+        tailored = [(layer, y) for layer, y in zip(layers, outputs, strict=True) if layer.has_tailors]
         if tailored:
             assert gating is not None, "a layer with tailors needs a gate"
-            _add_tailors([layers[i] for i in tailored], tailored, outputs, x_BTI, gating)
+            _add_tailors_(tailored, x_BTI, gating)
         return outputs
+
+    def learngenes(self, x_BTI: Tensor) -> Tensor:
+        """What the learngenes alone give, bias included."""
+        if self.rank is None:
+            return F.linear(x_BTI, self.weight, self.bias)
+        return F.linear(F.linear(x_BTI, self.v), (self.u * self.sigma.unsqueeze(1)).T, self.bias)
 
     @torch.no_grad()
     def merged_weight(self, gating: Gating | None = None, sample: int = 0) -> Tensor:
@@ -73,29 +80,16 @@ class ComponentLinear(nn.Module):
         return weight_OI
 
 
-def _learngenes(layers: Sequence[ComponentLinear], x_BTI: Tensor) -> list[Tensor]:
-    if layers[0].rank is None:
-        return [F.linear(x_BTI, layer.weight, layer.bias) for layer in layers]
-    v_RI = layers[0].v if len(layers) == 1 else torch.cat([layer.v for layer in layers])
-    parts = F.linear(x_BTI, v_RI).split([layer.u.shape[0] for layer in layers], dim=-1)
-    return [
-        F.linear(h_BTR, (layer.u * layer.sigma.unsqueeze(1)).T, layer.bias)
-        for layer, h_BTR in zip(layers, parts, strict=True)
-    ]
-
-
-def _add_tailors(
-    layers: Sequence[ComponentLinear],
-    places: Sequence[int],
-    outputs: list[Tensor],
-    x_BTI: Tensor,
-    gating: Gating,
+def _add_tailors_(
+    layers_and_outputs: Sequence[tuple[ComponentLinear, Tensor]], x_BTI: Tensor, gating: Gating
 ) -> None:
+    """Add each sample's tailors to the outputs, in place."""
     slots_BK, weights_BK = gating
+    layers = [layer for layer, _ in layers_and_outputs]
     v_BMI = torch.cat([layer.tailor_v[slots_BK].flatten(1, 2) for layer in layers], dim=1)
     h_BTM = torch.bmm(x_BTI, v_BMI.to(x_BTI.dtype).transpose(1, 2))
     sizes = [slots_BK.shape[1] * layer.tailor_sigma.shape[1] for layer in layers]
-    for layer, place, part in zip(layers, places, h_BTM.split(sizes, dim=2), strict=True):
+    for (layer, y_BTO), part in zip(layers_and_outputs, h_BTM.split(sizes, dim=2), strict=True):
         scale_BKN = layer.tailor_sigma[slots_BK] * weights_BK.unsqueeze(2)
         u_BMO = (layer.tailor_u[slots_BK] * scale_BKN.unsqueeze(3)).flatten(1, 2)
-        outputs[place] = torch.baddbmm(outputs[place], part, u_BMO.to(part.dtype))
+        y_BTO.baddbmm_(part, u_BMO.to(part.dtype))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, baddbmm_flop
 
 from kindiff.components.build import Structure
 from kindiff.config import MATRICES, DiTConfig, from_dict
@@ -89,15 +89,20 @@ def closed_macs(config: DiTConfig, structure: Structure | None = None) -> dict[s
 def counted_macs(model: DiT) -> int:
     """MACs of one image as torch's own FLOP counter sees the real forward, on the meta device.
 
-    Attention runs as plain products there, so that the counter sees it.
+    Attention runs as plain products there, so that the counter sees it; the in-place product that adds tailors
+    is counted like the one that is not.
     """
     twin = copy.deepcopy(model).to("meta")
     config = model.config
     x = torch.empty(1, config.channels, config.input_size, config.input_size, device="meta")
     ids = torch.zeros(1, dtype=torch.int64, device="meta")
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _counter() as counter:
         twin(x, torch.empty(1, device="meta"), ids)
     return counter.get_total_flops() // 2
+
+
+def _counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: baddbmm_flop})
 
 
 def _structure(model: DiT) -> Structure | None:

@@ -134,6 +134,7 @@ class DiT(nn.Module):
         try:
             config = from_dict(DiTConfig, description.get("model"))
             classes = ClassSet(tuple(description.get("classes") or ()))
+            checkpoint.check_depth(folder / "model.safetensors", config.depth)
             with torch.device("meta"):
                 model = _build(config, classes, description.get("structure"))
         except (UsageError, TypeError) as error:
@@ -176,10 +177,10 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor, c_BD: Tensor, gating: Gating | None) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c_BD).chunk(6, dim=1)
         h_BTD = modulate(self.norm_attention(x_BTD), shift_a, scale_a)
-        x_BTD = x_BTD + gate_a.unsqueeze(1) * self.attention(h_BTD, gating)
+        x_BTD = torch.addcmul(x_BTD, gate_a.unsqueeze(1), self.attention(h_BTD, gating))
         h_BTD = modulate(self.norm_mlp(x_BTD), shift_m, scale_m)
         hidden = F.gelu(self.mlp_in(h_BTD, gating), approximate="tanh")
-        return x_BTD + gate_m.unsqueeze(1) * self.mlp_out(hidden, gating)
+        return torch.addcmul(x_BTD, gate_m.unsqueeze(1), self.mlp_out(hidden, gating))
 
     def attention(self, x_BTD: Tensor, gating: Gating | None) -> Tensor:
         q, k, v = (

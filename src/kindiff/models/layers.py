@@ -33,8 +33,16 @@ class Linear(nn.Linear):
 
     @staticmethod
     def together(layers: Sequence[Linear], x: Tensor, gating: Gating | None) -> list[Tensor]:
-        """Several dense layers on one input."""
+        """Several dense layers on one input, which is rounded to the compute dtype once."""
+        x = compute_dtype(x)
         return [layer(x) for layer in layers]
+
+
+def compute_dtype(x: Tensor) -> Tensor:
+    """The tensor in the dtype that autocast gives matrix products here; as it is without autocast."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return x.to(torch.get_autocast_dtype(device)) if on else x
 
 
 def project(layers: Sequence[nn.Module], x: Tensor, gating: Gating | None) -> list[Tensor]:
@@ -62,7 +70,7 @@ def attend(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor) -> Tensor:
 
 def modulate(x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     """adaLN: x (1 + scale) + shift, one scale and shift a sample."""
-    return x_BTD * (1 + scale_BD.unsqueeze(1)) + shift_BD.unsqueeze(1)
+    return torch.addcmul(shift_BD.unsqueeze(1), x_BTD, 1 + scale_BD.unsqueeze(1))
 
 
 def timestep_features(

@@ -1,0 +1,279 @@
+"""Time of component matrices against dense ones, side by side in one run, and against what the operations allow.
+
+    python benchmarks/speed.py blocks      one block, forward + backward and forward: DiT-B and DiT-L shapes
+    python benchmarks/speed.py classes     the same block with 10 to 10,000 classes, and with one class in a batch
+    python benchmarks/speed.py steps       whole training steps of DiT-S/2 and DiT-B/2
+
+Variants take turns, round by round; a figure is the median of the ratios dense / variant within a round, so a drift
+of the machine touches both. `allowed` is the ratio of multiply-accumulates (attention included), `share` the measured
+ratio over it. Results go to benchmarks/results/speed-<part>.json.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from kindiff import runtime
+from kindiff.checkpoint import write_json
+from kindiff.classes import numbered
+from kindiff.components import TableGate, factorize
+from kindiff.components.build import Structure
+from kindiff.config import DiTConfig, KindConfig, TrainConfig
+from kindiff.diffusion import loss_of
+from kindiff.evaluate.cost import closed_macs
+from kindiff.models import DiT, Gating
+from kindiff.train.optimiser import Optimiser
+
+TOKEN_SIDE = 16
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    part: tyro.conf.Positional[Literal["blocks", "classes", "steps"]]
+    """What to measure."""
+    rounds: int = 12
+    """Rounds; each runs every variant once."""
+    batch: int = 8
+    """Images a batch (256 tokens each)."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    out: Path | None = None
+    """Where the JSON goes."""
+    quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """The smallest shape only."""
+
+
+class RankMask(nn.Module):
+    """What not to do: all components of all classes, masked (the comparison's lower end)."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.u = nn.Parameter(torch.cat([layer.u, layer.tailor_u.flatten(0, 1)]).detach().clone())
+        self.sigma = nn.Parameter(torch.cat([layer.sigma, layer.tailor_sigma.flatten()]).detach().clone())
+        self.v = nn.Parameter(torch.cat([layer.v, layer.tailor_v.flatten(0, 1)]).detach().clone())
+        self.bias = nn.Parameter(layer.bias.detach().clone())
+        self.rank, self.own = layer.rank, layer.tailor_sigma.shape[1]
+
+    def forward(self, x: Tensor, gating: Gating) -> Tensor:
+        on = torch.zeros(len(x), len(self.sigma), device=x.device)
+        on[:, : self.rank] = 1
+        columns = self.rank + gating.slots_BK * self.own + torch.arange(self.own, device=x.device)
+        on.scatter_(1, columns, 1.0)
+        h = (x @ self.v.T) * (self.sigma * on).unsqueeze(1)
+        return h @ self.u + self.bias
+
+
+def model_pair(name: str, classes: int, *, depth: int | None = None) -> tuple[DiT, DiT]:
+    """A dense DiT and the same factorised at N_G = width / 4, N_T = 4, with random weights."""
+    config = DiTConfig.preset(f"{name}/2", num_classes=classes)
+    if depth is not None:
+        config = DiTConfig(**{**vars(config), "depth": depth})
+    torch.manual_seed(0)
+    dense = DiT(config, classes=numbered(classes))
+    kind = KindConfig(learngene_rank=config.width // 4, tailor_rank=4, init="per-factor")
+    return dense, factorize(dense, kind)
+
+
+def allowed(model: DiT, *, whole: bool) -> float:
+    """Ratio of the operations, dense over factorised; of a block's matrices and attention, or of the model."""
+    parts = ("learngenes", "tailors", "dense matrices", "attention", "modulation")
+    pair = (closed_macs(model.config), closed_macs(model.config, Structure(**model.structure)))
+    a, b = (sum(v for k, v in macs.items() if whole or k in parts) for macs in pair)
+    return a / b
+
+
+def alternate(
+    variants: dict[str, Callable[[], None]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each variant, round by round; two rounds of warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for i in range(rounds + 2):
+        for name, run in variants.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if i >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratios(seconds: dict[str, list[float]], base: str) -> dict[str, float]:
+    """Median over the rounds of base / variant."""
+    return {
+        name: statistics.median(b / t for b, t in zip(seconds[base], times, strict=True))
+        for name, times in seconds.items()
+    }
+
+
+def block_run(
+    model: DiT,
+    batch: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    backward: bool,
+    one_class: bool = False,
+) -> Callable[[], None]:
+    """One block, as in training (with gradients of inputs and weights) or as in sampling."""
+    block = model.blocks[0].to(device)
+    x = torch.randn(batch, TOKEN_SIDE**2, model.config.width, device=device, requires_grad=backward)
+    c = torch.randn(batch, model.config.width, device=device)
+    gradient = torch.randn_like(x)
+    ids = torch.arange(batch, device=device) % len(model.classes)
+    gating = model.gate.to(device)(torch.zeros_like(ids) if one_class else ids, None) if model.gate else None
+
+    def run() -> None:
+        for parameter in block.parameters():
+            parameter.grad = None
+        with (
+            torch.set_grad_enabled(backward),
+            torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16),
+        ):
+            y = block(x, c, gating)
+        if backward:
+            y.backward(gradient)
+
+    return run
+
+
+def blocks(args: Args, device: torch.device) -> list[dict[str, Any]]:
+    rows = []
+    for name in ("DiT-B",) if args.quick else ("DiT-B", "DiT-L"):
+        dense, kind = model_pair(name, 150, depth=1)
+        masked = model_pair(name, 150, depth=1)[1]
+        for matrix in ("q", "k", "v", "o", "mlp_in", "mlp_out"):
+            setattr(masked.blocks[0], matrix, RankMask(getattr(masked.blocks[0], matrix)))
+        for dtype in (torch.float32, torch.bfloat16):
+            for backward in (True, False):
+                variants = {
+                    label: block_run(model, args.batch, dtype, device, backward=backward)
+                    for label, model in (("dense", dense), ("kind", kind), ("rank mask", masked))
+                }
+                seconds = alternate(variants, args.rounds, device)
+                rows.append(
+                    row(
+                        f"{name} block",
+                        dtype,
+                        "train" if backward else "sample",
+                        seconds,
+                        allowed(kind, whole=False),
+                    )
+                )
+    return rows
+
+
+def row(
+    what: str, dtype: torch.dtype, mode: str, seconds: dict[str, list[float]], limit: float
+) -> dict[str, Any]:
+    measured = ratios(seconds, "dense")
+    found = {
+        "what": what, "dtype": str(dtype).removeprefix("torch."), "mode": mode, "allowed": limit,
+        "ratio": measured, "share": measured["kind"] / limit,
+        "milliseconds": {k: statistics.median(v) * 1e3 for k, v in seconds.items()},
+    }  # fmt: skip
+    others = "  ".join(f"{k} {v:.2f}" for k, v in measured.items() if k not in ("dense", "kind"))
+    print(
+        f"{what:<16}{found['dtype']:<10}{mode:<8}kind {measured['kind']:.2f}x dense, allowed {limit:.2f}x, "
+        f"share {found['share']:.2f}   {others}",
+        flush=True,
+    )
+    return found
+
+
+def classes(args: Args, device: torch.device) -> list[dict[str, Any]]:
+    """Time against 10 classes, all different in the batch; and one class filling the batch."""
+    counts = (10, 100, 1000) if args.quick else (10, 100, 1000, 10_000)
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        variants: dict[str, Callable[[], None]] = {}
+        for count in counts:
+            _, model = model_pair("DiT-T" if args.quick else "DiT-B", count, depth=1)
+            variants[f"{count} classes"] = block_run(model, args.batch, dtype, device, backward=False)
+            if count == counts[1]:
+                variants["one class"] = block_run(
+                    model, args.batch, dtype, device, backward=False, one_class=True
+                )
+                variants["one class, training"] = block_run(
+                    model, args.batch, dtype, device, backward=True, one_class=True
+                )
+                variants["all different, training"] = block_run(
+                    model, args.batch, dtype, device, backward=True
+                )
+        seconds = alternate(variants, args.rounds, device)
+        flat = {k: 1 / v for k, v in ratios(seconds, f"{counts[0]} classes").items() if "training" not in k}
+        mixed = 1 / ratios(seconds, "one class, training")["all different, training"]
+        print(
+            f"{dtype}: "
+            + "  ".join(f"{k} {v:.3f}" for k, v in flat.items())
+            + f"  mixed/one, training {mixed:.3f}",
+            flush=True,
+        )
+        rows.append(
+            {
+                "dtype": str(dtype),
+                "time against 10 classes": flat,
+                "training, all different / one class": mixed,
+            }
+        )
+    return rows
+
+
+def steps(args: Args, device: torch.device) -> list[dict[str, Any]]:
+    rows = []
+    for name in ("DiT-S",) if args.quick else ("DiT-S", "DiT-B"):
+        pair = dict(zip(("dense", "kind"), model_pair(name, 150), strict=True))
+        for dtype in (torch.float32, torch.bfloat16):
+            variants = {label: step_run(model, args.batch, dtype, device) for label, model in pair.items()}
+            seconds = alternate(variants, args.rounds, device)
+            rows.append(row(f"{name}/2 step", dtype, "train", seconds, allowed(pair["kind"], whole=True)))
+    return rows
+
+
+def step_run(model: DiT, batch: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
+    """A whole training step: forward, backward, clipping, optimiser."""
+    model.to(device)
+    optimiser, loss = Optimiser(model, TrainConfig(lr=1e-5)), loss_of(model.config)
+    config = model.config
+    x = torch.randn(batch, config.channels, config.input_size, config.input_size, device=device)
+    noise, u = torch.randn_like(x), torch.rand(batch, device=device)
+    ids_host = torch.arange(batch) % len(model.classes)
+    ids = ids_host.to(device)
+    slots = model.gate.slots_on(ids_host) if isinstance(model.gate, TableGate) else torch.empty(0)
+
+    def run() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            value = loss(lambda a, t: model(a, t, ids), x, noise, u).mean()
+        optimiser.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(optimiser.parameters, 1.0)
+        optimiser.step(factor=1.0, slots=slots, ids=ids_host)
+
+    return run
+
+
+def main(args: Args) -> None:
+    device = runtime.device_of(args.device)
+    rows = {"blocks": blocks, "classes": classes, "steps": steps}[args.part](args, device)
+    facts = {"rows": rows, "batch": args.batch, "rounds": args.rounds}
+    facts |= {"versions": runtime.versions(), "hardware": runtime.hardware()}
+    out = args.out or RESULTS / f"speed-{args.part}{'-gpu' if device.type == 'cuda' else ''}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, json.loads(json.dumps(facts)))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
