@@ -186,7 +186,8 @@ def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monkey
 
 # No main guard: the workers must not import the caller's script again.
 DRAW = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell had it ignored
 from kindiff.data.avatars import open_avatars
 try:
     print(open_avatars("base", size=8, classes=("blobs", "gaze", "rings"), per_class=int(sys.argv[1])).sha256)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -76,19 +77,39 @@ def test_stopping_early_ends_the_children() -> None:
         os.kill(pid, 0)
 
 
+def start(script: str) -> subprocess.Popen[str]:
+    path = os.pathsep.join(p for p in sys.path if p)
+    return subprocess.Popen(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def test_interrupts_reach_the_parent_alone() -> None:
+    """A parent that takes Ctrl-C its own way loses no child to it."""
+    parent = start(
+        "import signal\n"
+        "from kindiff.data.workers import ordered_map\n"
+        "signal.signal(signal.SIGINT, lambda *_: print('asked', flush=True))\n"
+        "for (square, _), _ in ordered_map('some_functions:square', range(60), workers=2):\n"
+        "    print(square, flush=True)\n"
+    )
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "0\n"
+    os.killpg(parent.pid, signal.SIGINT)
+    out, err = parent.communicate(timeout=30)
+    assert (parent.returncode, err) == (0, "")
+    assert "asked" in out
+    assert out.endswith("3481\n")
+
+
 def test_children_end_when_the_parent_is_killed() -> None:
     script = (
         "from kindiff.data.workers import ordered_map\n"
         "for (_, pid), _ in ordered_map('some_functions:square', range(10**6), workers=2):\n"
         "    print(pid, flush=True)\n"
     )
-    path = os.pathsep.join(p for p in sys.path if p)
-    parent = subprocess.Popen(
-        [sys.executable, "-c", script],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )
+    parent = start(script)
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
     parent.kill()
