@@ -9,13 +9,13 @@ B batch, T tokens, D width, R learngene rank, M active tailor components, I/O fe
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode, baddbmm_flop
+from torch.utils.flop_counter import FlopCounterMode
 
 from kindiff.components.build import Structure
 from kindiff.config import MATRICES, DiTConfig, from_dict
@@ -102,7 +102,12 @@ def counted_macs(model: DiT) -> int:
 
 
 def _counter() -> FlopCounterMode:
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: baddbmm_flop})
+    def in_place(
+        y: Sequence[int], a: Sequence[int], b: Sequence[int], out_shape: Sequence[int] | None = None
+    ) -> int:
+        return 2 * a[0] * a[1] * a[2] * b[2]
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: in_place})
 
 
 def _structure(model: DiT) -> Structure | None:
