@@ -41,6 +41,7 @@ ROOMS = (
     ("models",),
     ("images",),
     ("checkpoint",),
+    ("headers",),
     ("progress", "runtime", "randomness"),
     ("config",),
     ("classes",),

@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kindiff.errors import BadFileError, UsageError
+from kindiff.headers import MAX_JSON, check_link, no_key_twice, read_header
 
 FORMAT = 1
-MAX_JSON = 64 * 2**20
 _SAFETENSORS_NAMES = {  # in the order in which the library writes them
     torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
     torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -115,10 +115,11 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; BadFileError when the file is none, has a key twice, or is absurdly large."""
+    check_link(path)
     if path.stat().st_size > MAX_JSON:
         raise BadFileError(f"{path} has {path.stat().st_size} bytes; a description is never that large.")
     try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=_no_key_twice)
+        value = json.loads(path.read_bytes(), object_pairs_hook=no_key_twice)
     except (ValueError, RecursionError) as error:
         raise BadFileError(
             f"{path} is not valid JSON ({error}); it is damaged or not a kindiff file."
@@ -130,8 +131,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Tensors as one safetensors file, written one by one. Equal contents give equal bytes."""
+) -> str:
+    """Tensors as one safetensors file, written one by one; returns the SHA-256 of what was to be written.
+
+    Equal contents give equal bytes.
+    """
     types = list(_SAFETENSORS_NAMES)
     names = sorted(tensors, key=lambda name: (types.index(tensors[name].dtype), name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -142,11 +146,15 @@ def write_tensors(
         header[name] = {"dtype": kind, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
     head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)
+    head = len(head).to_bytes(8, "little") + head
+    digest = hashlib.sha256(head)
     with path.open("wb") as file:
-        file.write(len(head).to_bytes(8, "little") + head)
+        file.write(head)
         for name in names:
-            tensor = tensors[name].detach().cpu().contiguous()
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            content = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            digest.update(content)
+            file.write(content)
+    return digest.hexdigest()
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -158,13 +166,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
     """A safetensors file open for reading single tensors and its metadata."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist.")
+    read_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
         raise BadFileError(f"{path} is damaged or truncated ({error}); fetch or make it again.") from None
+
+
+def check_depth(path: Path, depth: int) -> None:
+    """BadFileError when a description has more blocks than the file has tensors: it need not be built to know."""
+    if depth > len(read_header(path)):
+        raise BadFileError(
+            f"{path} is of another architecture: it has fewer tensors than its config.json has blocks ({depth})."
+        )
 
 
 def check_tensors(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
@@ -197,6 +212,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_on_disk(path: Path) -> str:
+    """SHA-256 of a file as the disk has it: synced, then read past the memory's copy where the system allows it."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bits, in the order of the names."""
     digest = hashlib.sha256()
@@ -209,12 +233,6 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 def _kind(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a key stands twice")
-    return dict(pairs)
 
 
 def _sync(path: Path) -> None:

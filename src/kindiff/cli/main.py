@@ -22,6 +22,7 @@ from kindiff.errors import UsageError
 COMMANDS = {
     "demo": "pre-train, decompose, recombine, transfer and sample on drawn avatars; ends with a page to look at",
     "encode": "train a small autoencoder on images and turn them into latents",
+    "data": "check a folder of images: what cannot be read or stands twice goes on a list and is left out",
     "pretrain": "pre-train a decomposable diffusion transformer on images",
     "decompose": "take a model apart: learngenes and one tailor file per class",
     "recombine": "put a smaller model together from parts",
@@ -32,6 +33,7 @@ COMMANDS = {
     "convert": "read and write released DiT files, diffusers' transformer and pipeline folders",
     "push": "write a model card from the run and upload the model to the Hugging Face hub",
     "inspect": "show where a model's or parts directory's parameters, bytes and GMACs are",
+    "replay": "run a step again that was not taken because a number was not finite",
     "env": "show versions and hardware",
 }
 

@@ -41,6 +41,10 @@ class Structure:
     def __post_init__(self) -> None:
         if min(self.tailor_rank, self.slots) < 0 or self.gate_width < 1 or (self.rank or 1) < 1:
             raise UsageError(f"a structure has ranks, slots and a gate width above zero, not {self}.")
+        if max(self.tailor_rank, self.rank or 1) > 2**14 or self.slots > 2**21 or self.gate_width > 64:
+            raise UsageError(f"a structure has ranks up to {2**14} and slots up to {2**21}, not {self}.")
+        if unknown := set(self.targets) - set(MATRICES):
+            raise UsageError(f"target {min(unknown)!r} is no matrix of a block; use {MATRICES}.")
 
 
 def build(config: DiTConfig, classes: ClassSet, structure: dict[str, Any]) -> DiT:

@@ -70,6 +70,7 @@ def load_components(directory: str | Path, classes: Iterable[str] | None = None)
     targets = tuple(description["targets"])
 
     path = folder / "learngenes.safetensors"
+    checkpoint.check_depth(path, config.depth)
     learngenes = checkpoint.read_tensors(path)
     checkpoint.check_tensors(
         path, learngenes, _learngenes_wanted(config, description["learngene_rank"], listed)

@@ -88,6 +88,10 @@ class TrainConfig:
     """Steps between checkpoints."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
+    rollbacks: int = 3
+    """How often a run may go back to its newest checkpoint because a number was not finite; then it stops."""
+    skip_window: int = 10
+    """Steps, from the one at fault on, that are left out for good after going back."""
     device: str = "auto"
     """auto (a GPU when there is one), cpu, cuda, cuda:1."""
     tensorboard: bool = False
@@ -97,6 +101,10 @@ class TrainConfig:
         for name in ("steps", "batch", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.rollbacks < 0 or self.skip_window < 1:
+            raise UsageError(
+                f"rollbacks is {self.rollbacks} and skip_window is {self.skip_window}; they are 0 or more, 1 or more."
+            )
         if not self.lr > 0:
             raise UsageError(f"lr is {self.lr}; it must be above 0.")
         if not 0 <= self.decay <= 1:

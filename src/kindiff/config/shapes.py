@@ -17,6 +17,13 @@ DIT_SIZES = {
     "XL": (1152, 28, 16),
 }
 
+# Above any model there is; a description from elsewhere that claims more is refused before anything is made.
+LARGEST = {
+    "input_size": 2**13, "channels": 2**10, "num_classes": 2**20, "width": 2**14, "depth": 2**9, "heads": 2**10,
+    "patch": 2**10,
+}  # fmt: skip
+MAX_TOKENS = 2**14
+
 MATRICES = ("q", "k", "v", "o", "mlp_in", "mlp_out")
 """The factored matrices of a block, KIND's {q, k, v, o, in, out}."""
 
@@ -54,9 +61,13 @@ class DiTConfig:
     """Epsilon of the norm before the MLP: 1e-6 as published; diffusers' DiT has 1e-5 unless told otherwise."""
 
     def __post_init__(self) -> None:
-        for name in ("input_size", "channels", "num_classes", "width", "depth", "heads", "patch"):
+        for name, largest in LARGEST.items():
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+            if getattr(self, name) > largest:
+                raise UsageError(f"{name} is {getattr(self, name)}; models have at most {largest}.")
+        if not 0 < self.mlp_ratio <= 64 or self.width * self.mlp_ratio < 1:
+            raise UsageError(f"mlp_ratio is {self.mlp_ratio}; it must be above 0 and at most 64.")
         if self.input_size % self.patch:
             raise UsageError(
                 f"input size {self.input_size} is not a multiple of the patch {self.patch}; choose a patch that "
@@ -64,6 +75,8 @@ class DiTConfig:
             )
         if self.width % self.heads or self.width % 4:
             raise UsageError(f"width {self.width} must be a multiple of 4 and of the {self.heads} heads.")
+        if self.tokens > MAX_TOKENS:
+            raise UsageError(f"{self.tokens} tokens are more than {MAX_TOKENS}; take a larger patch.")
 
     @property
     def tokens(self) -> int:

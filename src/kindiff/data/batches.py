@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -97,8 +97,9 @@ def batches(
     workers: int = 0,
     rank: int = 0,
     ranks: int = 1,
+    left_out: Sequence[range] = (),
 ) -> Iterator[Batch]:
-    """The batches of steps first_step .. first_step + steps - 1, the part of one rank.
+    """The batches of steps first_step .. first_step + steps - 1 without those `left_out`, the part of one rank.
 
     batch is the global batch: step s has the positions s * batch .. (s + 1) * batch - 1, and rank r the r-th
     of `ranks` equal parts of them. workers is the number of loader processes (0: this process). Raises
@@ -112,7 +113,9 @@ def batches(
         raise UsageError(f"workers is {workers}; it must be 0 or more.")
     share = batch // ranks
     source = _Steps(samples, objective, seed, batch, rank * share, share, flip)
-    numbers = range(first_step, first_step + steps)
+    numbers: Sequence[int] = range(first_step, first_step + steps)
+    if left_out:
+        numbers = [step for step in numbers if not any(step in window for window in left_out)]
     if workers == 0:
         return (source[step] for step in numbers)
     from torch.utils.data import DataLoader
@@ -122,7 +125,7 @@ def batches(
         batch_size=None,
         sampler=numbers,
         collate_fn=_to_arrays,  # type: ignore[arg-type]  # with batch_size=None it is given one item
-        num_workers=min(workers, max(1, steps)),
+        num_workers=min(workers, max(1, len(numbers))),
         worker_init_fn=_leave_interrupts_to_the_parent,
         generator=torch.Generator(),  # else the loader would advance torch's global generator
     )

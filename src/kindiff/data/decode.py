@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,23 @@ def decode_chunk(task: tuple[str, str, int, list[str]]) -> tuple[list[tuple[str,
         except UnreadableError as error:
             faults.append((file, str(error)))
     return faults, b"".join(pixels)
+
+
+def check_chunk(task: tuple[str, int, list[str]]) -> tuple[list[tuple[str, str, str]], bytes]:
+    """[folder, side, files] -> (file, SHA-256 of its bytes, the fault or nothing) of each; no pixels."""
+    folder, size, files = task
+    return [(file, *_checked(Path(folder, file), size)) for file in files], b""
+
+
+def _checked(path: Path, size: int) -> tuple[str, str]:
+    try:
+        if path.stat().st_size == 0:
+            return "", "the file is empty"
+        decode(path, size)
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest(), ""
+    except (UnreadableError, OSError) as error:
+        return "", str(error)
 
 
 def decode(path: Path, size: int) -> np.ndarray:

@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from kindiff.classes import ClassSet
-from kindiff.data.cache import cache_root, made_once
+from kindiff.data.cache import made_once
+from kindiff.data.check import QUARANTINE, check_files, read_quarantine, write_quarantine
 from kindiff.data.manifest import MAX_SIDE, Skipped
 from kindiff.data.prepared import ImageSet, open_prepared, write_prepared
 from kindiff.data.workers import ordered_map
 from kindiff.errors import BadFileError, UsageError
 from kindiff.progress import Track
+from kindiff.runtime import cache_folder
 
 _DECODING = 1  # raise when decoding changes, so that no old cache is taken for new
 _CHUNK_FILES = 64
@@ -31,9 +33,10 @@ def open_folder(folder: Path, *, size: int, classes: Iterable[str] = (), strict:
 
     Decoded on first use into the cache; the cache is used again while every file's name, size and time of
     change are the same. classes: only these, in this order (empty: every sub-folder, sorted). Hidden files
-    and folders are left alone. A file that is no readable image is named on stderr, counted and skipped, or,
-    if `strict`, BadFileError. Raises FileNotFoundError for a missing folder, UsageError for a folder without
-    classes, an unknown class, or a class without a readable image.
+    and folders are left alone, and so are the files that quarantine.json lists. A file that is no readable
+    image is named on stderr, counted and skipped, or, if `strict`, BadFileError. Raises FileNotFoundError for
+    a missing folder, UsageError for a folder without classes, an unknown class, or a class without a readable
+    image.
     """
     folder = folder.absolute()
     if not 1 <= size <= MAX_SIDE:
@@ -41,16 +44,34 @@ def open_folder(folder: Path, *, size: int, classes: Iterable[str] = (), strict:
     found = ClassSet(_class_folders(folder))
     names = tuple(classes) or found.names
     found.ids(names)
-    files = {name: _files(folder / name) for name in names}
+    left_out = {entry.file for entry in read_quarantine(folder / QUARANTINE)}
+    files = {}
     for name in names:
-        if not files[name]:
+        present = _files(folder / name)
+        if not present:
             raise UsageError(f"class folder {folder / name} has no images; add some or remove the folder.")
+        files[name] = [facts for facts in present if f"{name}/{facts[0]}" not in left_out]
+        _require(len(files[name]), folder / name)
     target = _directory(folder, size, files)
     made = made_once(target, lambda path: _decode_set(path, folder, size, files, strict))
     images = open_prepared(made)
     if images.skipped and strict:
         raise _strict_error(folder, images.skipped[0])
     return images
+
+
+def check_folder(
+    folder: Path, *, out: Path | None = None, duplicates: bool = True
+) -> tuple[list[Skipped], int]:
+    """Look through every file of an image folder and write its quarantine list (to `out`, else into the folder).
+
+    Returns what was found and the number of files looked at. FileNotFoundError, UsageError as open_folder.
+    """
+    folder = folder.absolute()
+    listed = [f"{name}/{path}" for name in _class_folders(folder) for path, _, _ in _files(folder / name)]
+    bad = check_files(folder, listed, duplicates=duplicates)
+    write_quarantine(out or folder / QUARANTINE, bad, checked=len(listed))
+    return bad, len(listed)
 
 
 def _class_folders(folder: Path) -> tuple[str, ...]:
@@ -89,7 +110,7 @@ def _directory(folder: Path, size: int, files: dict[str, list[tuple[str, int, in
     described = json.dumps([_DECODING, str(folder), size, list(files.items())])
     key = hashlib.sha256(described.encode()).hexdigest()[:16]
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in folder.name)[:60]
-    return cache_root() / "folders" / f"{name}-{size}px-{key}"
+    return cache_folder() / "folders" / f"{name}-{size}px-{key}"
 
 
 def _decode_set(

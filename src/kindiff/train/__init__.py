@@ -1,7 +1,8 @@
 """Training: the loop, the optimiser, runs that can be killed and resumed."""
 
-from kindiff.train.loop import Interrupted, NotFinite, fit
+from kindiff.train.loop import Interrupted, fit
 from kindiff.train.pretraining import pretrain
+from kindiff.train.rollback import NotFinite
 from kindiff.train.transferring import transfer
 
 __all__ = ["Interrupted", "NotFinite", "fit", "pretrain", "transfer"]

@@ -10,26 +10,23 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from kindiff.config import ObjectiveConfig, TrainConfig
-from kindiff.data.batches import Batch, batches
+from kindiff.data.batches import Batch, batches, make_batch
 from kindiff.data.sets import SampleSet
 from kindiff.diffusion import loss_of
 from kindiff.models.dit import DiT
 from kindiff.progress import Track, say
 from kindiff.runtime import device_of
-from kindiff.train.ema import Ema
-from kindiff.train.optimiser import Optimiser, factor_of
+from kindiff.train.capsule import write_capsule
+from kindiff.train.optimiser import factor_of
+from kindiff.train.rollback import BadStepError, read_windows, roll_back
 from kindiff.train.run import Run
-
-
-class NotFinite(RuntimeError):
-    """Loss or gradient is not a finite number; the step was not taken."""
-
-    exit_code = 1
+from kindiff.train.state import Saver, State
 
 
 class Interrupted(Exception):
@@ -40,105 +37,144 @@ class Interrupted(Exception):
         self.exit_code = 128 + signum
 
 
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a run trains on and how; with the run's windows it determines every step."""
+
+    samples: SampleSet
+    objective: ObjectiveConfig
+    config: TrainConfig
+    flip: bool
+    run: Run
+
+
 def fit(
     model: DiT, samples: SampleSet, objective: ObjectiveConfig, config: TrainConfig, run: Run, flip: bool
 ) -> DiT:
     """Train what requires gradients; returns the EMA model. Resumes from the run's newest whole checkpoint.
 
-    Raises NotFinite at a step whose loss or gradient is not finite, and Interrupted after SIGINT or SIGTERM.
+    A step whose loss or gradient is not finite is not taken: the run goes back to its newest checkpoint and leaves
+    a window of steps out, config.rollbacks times, then raises NotFinite. Raises Interrupted after SIGINT or SIGTERM.
     """
-    # Everything that a step needs.
+    job = Job(samples=samples, objective=objective, config=config, flip=flip, run=run)
     device = device_of(config.device)
     model.to(device).train()
-    optimiser, ema, loss_function = Optimiser(model, config), Ema(model, config.ema), loss_of(model.config)
-    first, loss_sum, since = _resume(model, ema, optimiser, run)
+    state = State.fresh(model, config, device)
     writer = _tensorboard(run) if config.tensorboard else None
+    with Saver(run) as saver, _stop_signals() as stop:
+        while True:
+            first = _resume(state, run, saver)
+            try:
+                _train(job, state, saver, stop, writer, first)
+                break
+            except BadStepError as bad:
+                saver.wait()
+                roll_back(run.folder, bad, config)
+    return state.ema.model(model).cpu()
+
+
+def _train(job: Job, state: State, saver: Saver, stop: list[int], writer: Any, first: int) -> None:
+    """Steps first .. config.steps - 1; raises BadStepError before one that must not be taken."""
+    # Everything that a step needs.
+    model, optimiser, config = state.model, state.optimiser, job.config
+    device, loss_function = state.loss_sum.device, loss_of(model.config)
+    left_out = [window.steps for window in read_windows(job.run.folder)]
     feed = batches(
-        samples, objective, seed=config.seed, first_step=first, steps=config.steps - first, batch=config.batch,
-        flip=flip, workers=config.workers,
+        job.samples, job.objective, seed=config.seed, first_step=first, steps=config.steps - first,
+        batch=config.batch, flip=job.flip, workers=config.workers, left_out=left_out,
     )  # fmt: skip
-    loss_sum, started = loss_sum.to(device), time.monotonic()
+    started = time.monotonic()
 
-    with (
-        _stop_signals() as stop,
-        Track("training", config.steps * config.batch, unit="images", done=first * config.batch) as track,
-    ):
-        for step, batch in enumerate(feed, start=first):
-            # The classes of this batch, known before it reaches the device.
-            slots = model.gate.slots_on(batch.gate_ids_B) if model.gate is not None else torch.empty(0)  # type: ignore[operator]
-            ids = torch.unique(batch.ids_B)
-            batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+    with Track("training", config.steps * config.batch, unit="images", done=first * config.batch) as track:
+        for step in range(first, config.steps):
+            batch = None
+            if not any(step in window for window in left_out):
+                # The classes of this batch, known before it reaches the device.
+                batch = next(feed)
+                slots = model.gate.slots_on(batch.gate_ids_B) if model.gate is not None else torch.empty(0)  # type: ignore[operator]
+                ids = torch.unique(batch.ids_B)
+                batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
 
-            # Forward and backward.
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                per_sample = loss_function(
-                    lambda x, t, batch=batch: model(x, t, batch.ids_B, batch.gate_ids_B),  # type: ignore[misc]
-                    batch.x_BCHW, batch.noise_BCHW, batch.u_B,
-                )  # fmt: skip
-            loss = per_sample.mean()
-            optimiser.zero_grad()
-            loss.backward()
+                # Forward and backward.
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    per_sample = loss_function(
+                        lambda x, t, batch=batch: model(x, t, batch.ids_B, batch.gate_ids_B),  # type: ignore[misc]
+                        batch.x_BCHW, batch.noise_BCHW, batch.u_B,
+                    )  # fmt: skip
+                loss = per_sample.mean()
+                optimiser.zero_grad()
+                loss.backward()
 
-            # Check, step, average.
-            norm = torch.nn.utils.clip_grad_norm_(optimiser.parameters, config.clip)
-            if not torch.isfinite(loss + norm):
-                run.save(step, _tensors(model, ema, optimiser, loss_sum, since))
-                raise NotFinite(
-                    f"step {step}: the loss ({float(loss.detach())}) or the gradient's norm ({float(norm)}) is not "
-                    "finite; the step was not taken and the state before it is saved. Try a lower rate or fp32."
-                )
-            factor = factor_of(step, config)
-            optimiser.step(factor=factor, slots=slots, ids=ids)
-            ema.update(step)
-            loss_sum, since = loss_sum + loss.detach(), since + 1
+                # Check (one number: ranks would agree on it by its minimum), step, average.
+                norm = torch.nn.utils.clip_grad_norm_(optimiser.parameters, config.clip)
+                if not torch.isfinite(loss + norm):
+                    found = f"the loss ({float(loss.detach())}) or the gradient's norm ({float(norm)}) is not finite"
+                    raise _bad(job, state, batch, step, found)
+                factor = factor_of(step, config)
+                optimiser.step(factor=factor, slots=slots, ids=ids)
+                state.ema.update(step)
+                state.loss_sum, state.since = state.loss_sum + loss.detach(), state.since + 1
 
             # Log and save.
             done = step + 1
-            if done % config.log_every == 0 or done == config.steps:
-                mean = float(loss_sum) / since
+            if batch is not None and (done % config.log_every == 0 or done == config.steps):
+                mean = float(state.loss_sum) / state.since
                 seconds = time.monotonic() - started
                 metrics = {
                     "step": done, "images": done * config.batch, "loss": mean, "lr": config.lr * factor,
-                    "gradient_norm": float(norm), "images_per_second": since * config.batch / seconds,
+                    "gradient_norm": float(norm), "images_per_second": state.since * config.batch / seconds,
                 }  # fmt: skip
-                run.log(metrics)
+                job.run.log(metrics)
                 if writer is not None:
                     for name, value in metrics.items():
                         writer.add_scalar(name, value, done)
-                loss_sum, since, started = torch.zeros((), device=device), 0, time.monotonic()
+                state.loss_sum, state.since = torch.zeros((), device=device), 0
+                started = time.monotonic()
                 track.note = f"loss {mean:.4f}"
             track.advance(config.batch)
             stopping = bool(stop)
             if done % config.save_every == 0 or done == config.steps or stopping:
-                run.save(done, _tensors(model, ema, optimiser, loss_sum, since))
+                if fault := state.fault():
+                    raise _bad(job, state, batch, step, fault)
+                saver.save(done, state.tensors(), last=done == config.steps)
+            saver.check()
             if stopping and done < config.steps:
+                saver.wait()
                 raise Interrupted(
                     stop[0],
                     f"stopped at step {done} of {config.steps}, saved; to resume, run the same command again.",
                 )
-    return ema.model(model).cpu()
+    saver.wait()
 
 
-def _tensors(
-    model: DiT, ema: Ema, optimiser: Optimiser, loss_sum: torch.Tensor, since: int
-) -> dict[str, dict[str, torch.Tensor]]:
-    log = {"loss_sum": loss_sum, "since": torch.tensor(since)}
-    return {"model": model.state_dict(), "ema": ema.average, "optimiser": optimiser.tensors(), "log": log}
+def _bad(job: Job, state: State, batch: Batch | None, step: int, found: str) -> BadStepError:
+    """The step's capsule is written first; a step that was left out has its batch drawn for it."""
+    if batch is None:
+        batch = make_batch(
+            job.samples, job.objective, seed=job.config.seed, first_position=step * job.config.batch,
+            batch=job.config.batch, flip=job.flip,
+        )  # fmt: skip
+    capsule = write_capsule(
+        job.run.folder, state.model, batch, step=step, found=found, objective=job.objective, config=job.config,
+        flip=job.flip,
+    )  # fmt: skip
+    return BadStepError(step, found, capsule)
 
 
-def _resume(model: DiT, ema: Ema, optimiser: Optimiser, run: Run) -> tuple[int, torch.Tensor, int]:
-    """Take over the newest whole checkpoint; returns the step to go on with and the log's running sum."""
+def _resume(state: State, run: Run, saver: Saver) -> int:
+    """Take over the newest whole checkpoint, or write the first; returns the step to go on with."""
     found = run.newest()
     step = found[0] if found else 0
     run.metrics_until(step)
-    if found is None:
-        return 0, torch.zeros(()), 0
-    tensors = found[1]
-    model.load_state_dict(tensors["model"])
-    ema.load_(tensors["ema"])
-    optimiser.load_(tensors["optimiser"])
-    say(f"resuming at step {step}")
-    return step, tensors["log"]["loss_sum"], int(tensors["log"]["since"])
+    if found is not None:
+        state.load_(found[1])
+        if step:
+            say(f"resuming at step {step}")
+        return step
+    # What a rollback before the first checkpoint goes back to; and a full disk is found before an hour of work.
+    saver.save(0, state.tensors())
+    saver.wait()  # loader processes are forked from here on: not while a thread runs
+    return 0
 
 
 @contextlib.contextmanager

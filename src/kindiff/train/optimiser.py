@@ -117,6 +117,8 @@ class Optimiser:
                     self.adamw.state[parameter] = {
                         key: state[f"{PREFIX}.{name}.{key}"].to(parameter.device) for key in keys
                     }
+                else:
+                    self.adamw.state.pop(parameter, None)
 
 
 def factor_of(step: int, config: TrainConfig) -> float:

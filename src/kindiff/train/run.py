@@ -2,7 +2,8 @@
 
 run.json                    the config, the data's hash, versions, hardware
 metrics.jsonl               one line every few steps
-checkpoints/step-0000500/   model, ema and optimiser tensors, state.json; the newest whole one is kept
+checkpoints/step-0000500/   model, ema and optimiser tensors, state.json; the newest two are kept, one at the end
+rollbacks.json, capsules/   steps that were left out because a number was not finite, and why
 model/                      the finished model (EMA weights)
 """
 
@@ -24,7 +25,11 @@ GROUPS = {"model", "ema", "optimiser", "log"}
 """The tensor files of a checkpoint."""
 
 # Settings that may differ between the parts of one run: they do not change its result.
-FREE = ("workers", "save_every", "log_every", "tensorboard", "device")
+# The windows that a run has left out are on record (rollbacks.json), so its limit and their length may change.
+FREE = ("workers", "save_every", "log_every", "tensorboard", "device", "rollbacks", "skip_window")
+
+KEPT = 2
+"""Checkpoints of a running run: were the newest damaged after it was verified, the one before is there."""
 
 
 class Run:
@@ -34,6 +39,8 @@ class Run:
         """description: plain values that determine the result. UsageError when the folder holds another run."""
         self.folder = Path(folder)
         path = self.folder / "run.json"
+        self._whole: list[int] = []
+        """Steps of the checkpoints that this process has read or written, oldest first."""
         self._clean()
         if path.is_file():
             before = checkpoint.read_json(path).get("description")
@@ -59,26 +66,42 @@ class Run:
     def finished(self) -> bool:
         return is_finished(self.folder)
 
-    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Write a checkpoint, then drop the older ones. On failure the older one is still there."""
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], *, last: bool = False) -> None:
+        """Write a checkpoint and read it back; then drop older ones, all but one, or all with `last`.
+
+        On failure the older ones are still there. BadFileError when the disk gives back other bytes.
+        """
         with checkpoint.new_directory(self._place(step), overwrite=True) as folder:
-            for name, group in tensors.items():
-                checkpoint.write_tensors(folder / f"{name}.safetensors", group)
-            files = {
-                path.name: {"bytes": path.stat().st_size, "sha256": checkpoint.sha256(path)}
-                for path in sorted(folder.iterdir())
-            }
-            checkpoint.write_json(folder / "state.json", {"step": step, "files": files})
+            files = {}
+            for name, group in sorted(tensors.items()):
+                path = folder / f"{name}.safetensors"
+                hashed = checkpoint.write_tensors(path, group)
+                files[path.name] = {"bytes": path.stat().st_size, "sha256": hashed}
+            state = {"step": step, "files": files}
+            checkpoint.write_json(folder / "state.json", state)
+            for name, facts in files.items():
+                if checkpoint.sha256_on_disk(folder / name) != facts["sha256"]:
+                    raise BadFileError(
+                        f"{folder / name} does not hold what was written to it: the disk or memory is faulty. The "
+                        "checkpoint is not used; earlier ones are whole."
+                    )
+            if checkpoint.read_json(folder / "state.json") != state:
+                raise BadFileError(f"{folder / 'state.json'} does not hold what was written to it.")
+        self._whole = [*(s for s in self._whole if s < step), step][-1 if last else -KEPT :]
         for other in self._places():
-            if other != self._place(step):
-                shutil.rmtree(other)
+            if other not in map(self._place, self._whole):
+                retired = other.with_name(f".{other.name}.old")  # a kill from here on leaves no half of it
+                other.rename(retired)
+                shutil.rmtree(retired)
 
     def newest(self) -> tuple[int, dict[str, dict[str, Tensor]]] | None:
         """Step and tensors of the newest whole checkpoint; damaged ones are named and passed over."""
         for place in reversed(self._places()):
             try:
-                return _read(place)
-            except OSError as error:
+                found = _read(place)
+                self._whole = [found[0]]
+                return found
+            except (BadFileError, FileNotFoundError) as error:  # a disk that cannot be read now is not damage
                 say(f"passing over a checkpoint: {error}")
         return None
 

@@ -1,0 +1,158 @@
+"""A step that was not taken, kept whole: enough to run it again (`kindiff replay`) and say what is wrong with it.
+
+A capsule is a directory: capsule.json (step, positions, seed, what was found, versions), model/ (the weights before
+the step) and batch.safetensors (its inputs as they were).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kindiff import checkpoint, runtime
+from kindiff.config import DataConfig, ObjectiveConfig, TrainConfig, from_dict, to_dict
+from kindiff.data import open_samples
+from kindiff.data.batches import Batch, make_batch
+from kindiff.diffusion import loss_of
+from kindiff.errors import BadFileError, UsageError
+from kindiff.models.dit import DiT
+
+FORMAT = 1
+
+
+def write_capsule(
+    run_folder: Path,
+    model: DiT,
+    batch: Batch,
+    *,
+    step: int,
+    found: str,
+    objective: ObjectiveConfig,
+    config: TrainConfig,
+    flip: bool,
+) -> Path:
+    """Write a step's capsule into the run; returns its directory."""
+    target = run_folder / "capsules" / f"step-{step:08d}"
+    with checkpoint.new_directory(target, overwrite=True) as folder:
+        description = {
+            "format": FORMAT,
+            "kind": "capsule",
+            "step": step,
+            "seed": config.seed,
+            "first_position": step * config.batch,
+            "batch": config.batch,
+            "flip": flip,
+            "precision": config.precision,
+            "objective": to_dict(objective),
+            "trained": [name for name, p in model.named_parameters() if p.requires_grad],
+            "found": found,
+            "versions": runtime.versions(),
+            "hardware": runtime.hardware(),
+        }
+        checkpoint.write_json(folder / "capsule.json", description)
+        checkpoint.write_tensors(folder / "batch.safetensors", batch._asdict())
+        (folder / "model").mkdir()
+        model.write_files(folder / "model")
+    return target
+
+
+def replay(folder: Path) -> dict[str, Any]:
+    """Run a capsule's step again on this machine's processor; what is and is not finite, as plain values.
+
+    The run's directory (two above) is used where it is there, to draw the batch again from the data and compare.
+    BadFileError when the capsule is damaged, FileNotFoundError when there is none.
+    """
+    description = _description(folder)
+    batch = _batch(folder)
+    model = DiT.from_pretrained(folder / "model")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in description["trained"])
+    loss_function = loss_of(model.config)
+    with torch.autocast("cpu", torch.bfloat16, enabled=description["precision"] == "bf16"):
+        per_sample = loss_function(
+            lambda x, t: model(x, t, batch.ids_B, batch.gate_ids_B), batch.x_BCHW, batch.noise_BCHW, batch.u_B
+        )
+    loss = per_sample.mean()
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norm = torch.nn.utils.get_total_norm(list(gradients.values()))
+    first = description["first_position"]
+    facts: dict[str, Any] = {
+        "step": description["step"],
+        "positions": [first, first + description["batch"] - 1],
+        "found then": description["found"],
+        "loss": str(float(loss.detach())),
+        "gradient norm": str(float(norm)),
+        "inputs that are not finite": _wrong(batch._asdict()),
+        "weights that are not finite": _wrong(dict(model.state_dict())),
+        "positions whose loss is not finite": [
+            first + i for i, ok in enumerate(per_sample.isfinite().tolist()) if not ok
+        ],
+        "gradients that are not finite": _wrong(gradients),
+        "same batch drawn from the data": _drawn_again(folder, description, batch),
+    }
+    return facts | {"finding": _finding(facts)}
+
+
+def _finding(facts: dict[str, Any]) -> str:
+    if names := facts["weights that are not finite"]:
+        return f"the weights were bad before the step: {names[0]}"
+    if names := facts["inputs that are not finite"]:
+        if facts["same batch drawn from the data"] is False:
+            return f"the input {names[0]} was bad, and the data as it is now gives another: a fault of the machine"
+        return f"the data is bad: {names[0]}"
+    if facts["positions whose loss is not finite"]:
+        return "weights and inputs are finite and the loss is not: the arithmetic overflows; try fp32 or a lower rate"
+    if facts["gradients that are not finite"] or facts["gradient norm"] in ("nan", "inf"):
+        return (
+            "the loss is finite and its gradient is not: the arithmetic overflows; try fp32 or a lower rate"
+        )
+    return (
+        "everything is finite this time: the fault is in neither the data nor the weights, but of that moment"
+    )
+
+
+def _wrong(tensors: dict[str, Tensor]) -> list[str]:
+    return [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+
+
+def _drawn_again(folder: Path, description: dict[str, Any], batch: Batch) -> bool | str:
+    """Whether the data gives the same batch again; a sentence where that cannot be known."""
+    try:
+        settings = checkpoint.read_json(folder.absolute().parents[1] / "run.json")["description"]
+        samples = open_samples(from_dict(DataConfig, settings["config"]["data"]))
+        if samples.sha256 != settings["data"]:
+            return "the data has changed since"
+        again = make_batch(
+            samples, from_dict(ObjectiveConfig, description["objective"]), seed=description["seed"],
+            first_position=description["first_position"], batch=description["batch"], flip=description["flip"],
+        )  # fmt: skip
+    except (OSError, UsageError, KeyError, TypeError) as error:
+        return f"cannot be known: {error}"
+    return all(a.equal(b) for a, b in zip(again, batch, strict=True))
+
+
+def _batch(folder: Path) -> Batch:
+    path = folder / "batch.safetensors"
+    tensors = checkpoint.read_tensors(path)
+    if set(tensors) != set(Batch._fields):
+        raise BadFileError(f"{path} is damaged: it holds {sorted(tensors)}.")
+    return Batch(**tensors)
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    path = folder / "capsule.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no capsule: it has no capsule.json; give RUN/capsules/step-...")
+    description = checkpoint.read_json(path)
+    kinds = {
+        "step": int, "seed": int, "first_position": int, "batch": int, "flip": bool, "precision": str,
+        "objective": dict, "trained": list, "found": str,
+    }  # fmt: skip
+    wrong = [key for key, kind in kinds.items() if not isinstance(description.get(key), kind)]
+    if description.get("kind") != "capsule" or description.get("format") != FORMAT or wrong:
+        raise BadFileError(f"{path} is not the description of a capsule of format {FORMAT}.")
+    return description

@@ -1,0 +1,131 @@
+"""What a training run carries from step to step, and how checkpoints of it are written off the critical path."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from kindiff.config import TrainConfig
+from kindiff.models.dit import DiT
+from kindiff.progress import say
+from kindiff.train.ema import Ema
+from kindiff.train.optimiser import Optimiser
+from kindiff.train.run import Run
+
+
+@dataclass(kw_only=True)
+class State:
+    """Model, optimiser, average, and the running sum of the log."""
+
+    model: DiT
+    optimiser: Optimiser
+    ema: Ema
+    loss_sum: Tensor
+    """Sum of the losses since the last line of metrics.jsonl."""
+    since: int = 0
+    """Steps in that sum."""
+
+    @staticmethod
+    def fresh(model: DiT, config: TrainConfig, device: torch.device) -> State:
+        """The state before step 0; the model is trained in place."""
+        return State(
+            model=model,
+            optimiser=Optimiser(model, config),
+            ema=Ema(model, config.ema),
+            loss_sum=torch.zeros((), device=device),
+        )
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All of it by group and name, for a checkpoint."""
+        log = {"loss_sum": self.loss_sum, "since": torch.tensor(self.since)}
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.average,
+            "optimiser": self.optimiser.tensors(),
+            "log": log,
+        }
+
+    def load_(self, tensors: Mapping[str, dict[str, Tensor]]) -> None:
+        """Take over what a checkpoint holds, in place."""
+        self.model.load_state_dict(tensors["model"])
+        self.ema.load_(tensors["ema"])
+        self.optimiser.load_(tensors["optimiser"])
+        self.loss_sum = tensors["log"]["loss_sum"].to(self.loss_sum.device)
+        self.since = int(tensors["log"]["since"])
+
+    def fault(self) -> str:
+        """The first tensor that holds a number which is not finite, in words; empty when there is none."""
+        for group, tensors in self.tensors().items():
+            for name, tensor in tensors.items():
+                # A sum needs no second tensor; only where it is not finite is it worth looking at each number.
+                if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
+                    return f"{name} ({group}) holds a number that is not finite"
+        return ""
+
+
+class Saver:
+    """Writes checkpoints in a thread; training waits for a copy of the tensors alone.
+
+    A save waits for the one before it. A failure is raised at the next call, or when the block ends.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.waits: list[float] = []
+        """Seconds that training stood still, a number a checkpoint."""
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        except BaseException as failure:
+            if error is None:
+                raise
+            if failure is not error:
+                say(f"the last checkpoint was not written: {failure}")
+
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], *, last: bool = False) -> None:
+        """Copy the tensors and start to write them; `last`: no older checkpoint is kept beside it."""
+        began = time.monotonic()
+        self.wait()
+        copies = {
+            group: {name: tensor.detach().to("cpu", copy=True) for name, tensor in some.items()}
+            for group, some in tensors.items()
+        }
+        self._thread = threading.Thread(
+            target=self._write, args=(step, copies, last), name=f"checkpoint {step}"
+        )
+        self._thread.start()
+        self.waits.append(time.monotonic() - began)
+
+    def check(self) -> None:
+        """Raise the failure of a save that has ended; does not wait."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the running save has ended; raises its failure, once."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _write(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], last: bool) -> None:
+        try:
+            self.run.save(step, tensors, last=last)
+        except BaseException as error:
+            self._error = error
