@@ -21,7 +21,7 @@ class Track:
 
     def __init__(self, label: str, total: int, *, unit: str, done: int = 0) -> None:
         self.label, self.total, self.unit = label, total, unit
-        self.done = self.first = done
+        self.done = self.first = self.lines_at = done
         self.note = ""
         """Stands beside the count: a loss, say."""
         self.started = self.said = time.monotonic()
@@ -47,7 +47,7 @@ class Track:
     ) -> None:
         if self.bar:
             self.bar.stop()
-        elif error is None and self.done > self.first:
+        elif error is None and self.done > self.lines_at:
             self._line("")
 
     def advance(self, count: int) -> None:
@@ -64,7 +64,7 @@ class Track:
         return (self.done - self.first) / max(time.monotonic() - self.started, 1e-9)
 
     def _line(self, note: str) -> None:
-        self.said = time.monotonic()
+        self.said, self.lines_at = time.monotonic(), self.done
         left = (self.total - self.done) / max(self.rate(), 1e-9)
         end = f"about {left:.0f} s left" if left > 0 else f"done in {self.said - self.started:.0f} s"
         print(

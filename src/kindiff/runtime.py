@@ -17,10 +17,10 @@ PACKAGES = ("kindiff", "torch", "numpy", "scipy", "safetensors", "pillow")
 
 
 def cache_folder() -> Path:
-    """$KINDIFF_CACHE, else $XDG_CACHE_HOME/kindiff, else ~/.cache/kindiff."""
+    """$KINDIFF_CACHE, else $XDG_CACHE_HOME/kindiff, else ~/.cache/kindiff, as an absolute path."""
     if folder := os.environ.get("KINDIFF_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kindiff"
+        return Path(folder).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "kindiff"
 
 
 def device_of(name: str) -> torch.device:

@@ -17,9 +17,10 @@ import pytest
 from kindiff.config import DataConfig
 from kindiff.data import ImageSet, avatars, open_images
 from kindiff.data.avatars import BASE, GROUPS, KNOWN_SHA256, NOVEL, PER_CLASS, SUPERCLASSES, open_avatars
-from kindiff.data.cache import cache_root, made_once
+from kindiff.data.cache import made_once
 from kindiff.data.prepared import _hash_once, write_prepared
 from kindiff.errors import UsageError
+from kindiff.runtime import cache_folder
 
 SMALL = ("blobs", "lorelei", "stack")
 
@@ -169,12 +170,12 @@ def test_imports_stay_light() -> None:
 def test_cache_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("KINDIFF_CACHE", "~/here")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_root() == tmp_path / "here"
+    assert cache_folder() == tmp_path / "here"
     monkeypatch.delenv("KINDIFF_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_root() == tmp_path / "xdg" / "kindiff"
+    assert cache_folder() == tmp_path / "xdg" / "kindiff"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_root() == tmp_path / ".cache" / "kindiff"
+    assert cache_folder() == tmp_path / ".cache" / "kindiff"
 
 
 def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 
 from kindiff.classes import ClassSet, nearest
-from kindiff.data.cache import cache_root, made_once
+from kindiff.data.cache import made_once
 from kindiff.data.manifest import MANIFEST
 from kindiff.data.prepared import ImageSet, open_prepared, write_prepared
 from kindiff.data.workers import ordered_map
 from kindiff.errors import UsageError
 from kindiff.progress import Track
+from kindiff.runtime import cache_folder
 
 BASE = (
     "blobs", "cameo", "clay", "constellation", "critters", "gaze", "identicon", "landscape", "line-face",
@@ -123,7 +124,7 @@ def _warn_other_drawing(group: str, size: int) -> None:
 def _directory(label: str, names: tuple[str, ...], size: int, first: int, count: int) -> Path:
     described = json.dumps([_DRAWING, [_version(p) for p in _PACKAGES], names, size, first, count])
     key = hashlib.sha256(described.encode()).hexdigest()[:12]
-    return cache_root() / "avatars" / f"{label}-{size}px-{key}-{first}-{count}"
+    return cache_folder() / "avatars" / f"{label}-{size}px-{key}-{first}-{count}"
 
 
 def _version(package: str) -> str:

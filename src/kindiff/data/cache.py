@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -15,15 +14,6 @@ try:
     import fcntl
 except ImportError:  # Windows: two processes may both do the work; the later one's result stays
     fcntl = None  # type: ignore[assignment]
-
-
-def cache_root() -> Path:
-    """$KINDIFF_CACHE, else $XDG_CACHE_HOME/kindiff, else ~/.cache/kindiff, as an absolute path."""
-    chosen = os.environ.get("KINDIFF_CACHE")
-    if chosen:
-        return Path(chosen).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser().absolute() / "kindiff"
 
 
 def made_once(target: Path, make: Callable[[Path], None]) -> Path:
