@@ -73,7 +73,7 @@ class DiTPipeline:
                 f"class id {bad[0]} is not in the model; it has ids 0 to {rows - 1} (the null class)."
             )
         draw = _sampler(self.model, config)
-        self.model.eval().to(device_of(config.device))
+        self.model.to(device_of(config.device))
         if self.autoencoder is not None:
             self.autoencoder.to(device_of(config.device))
         images = []

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from kindiff.classes import numbered
+from kindiff.cli.inspect import report
 from kindiff.components import decompose, factorize
 from kindiff.components.build import Structure, empty
-from kindiff.config import DiTConfig, KindConfig
+from kindiff.config import BackboneConfig, DesignConfig, DiTConfig, KindConfig, load_recipe
 from kindiff.evaluate.cost import closed_macs, cost_table, counted_macs, total
+from kindiff.evaluate.design import design
 from kindiff.models import DiT
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -50,16 +56,11 @@ def test_macs_do_not_depend_on_the_number_of_classes() -> None:
 
 def test_headline_accounting_of_the_paper() -> None:
     """DiT-L/2: 102 fresh components a matrix and the biases are 45.4M trainable; rank 366 saves 35.4 GMAC."""
-    config = DiTConfig.preset("DiT-L/2", num_classes=1, objective="epsilon")
-    structure = Structure(rank=366 - 102, tailor_rank=102, slots=1)
-    with torch.device("meta"):
-        model = empty(config, numbered(1), structure)
-    matrices = {name for name, _ in model.named_matrices()}
-    trained = sum(
-        p.numel()
-        for name, p in model.named_parameters()
-        if ".tailor_" in name or (name.endswith(".bias") and name.rpartition(".")[0] in matrices)
+    facts = report(ROOT / "recipes" / "designs" / "dit-l-2-transfer.toml")
+    assert facts["total"]["trainable"] / 1e6 == pytest.approx(45.4, abs=0.05)
+    assert (facts["dense"]["macs"] - facts["total"]["macs"]) / 1e9 >= 35.4
+    model = design(load_recipe(ROOT / "recipes" / "designs" / "dit-l-2-transfer.toml", DesignConfig))
+    assert counted_macs(model) == facts["total"]["macs"]
+    assert facts["dense"]["macs"] == counted_macs(
+        design(DesignConfig(model=BackboneConfig(preset="DiT-L/2")))
     )
-    assert trained / 1e6 == pytest.approx(45.4, abs=0.05)
-    saved = sum(closed_macs(config).values()) - counted_macs(model)
-    assert saved / 1e9 >= 35.4

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """Where the parameters, bytes and GMACs of a model or a parts directory are; per class too."""
+    """Where the parameters, bytes and GMACs of a model, a parts directory or a described design are."""
 
     path: tyro.conf.Positional[Path]
-    """Model directory or components directory."""
+    """Model directory, components directory, or a design (recipes/designs/*.toml)."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print a JSON object."""
 
@@ -31,34 +31,46 @@ def run(args: Args) -> None:
         print(json.dumps(facts, indent=1))
         return
     print(f"{facts['kind']} {args.path}: {facts['summary']}\n")
-    print(f"{'part':<16}{'parameters':>12}{'MiB':>9}{'GMACs':>9}")
+    print(f"{'part':<16}{'parameters':>13}{'trainable':>13}{'MiB':>10}{'GMACs':>10}")
     for name, cost in [*facts["parts"].items(), ("total", facts["total"])]:
-        print(f"{name:<16}{cost['parameters']:>12,}{cost['bytes'] / 2**20:>9.2f}{cost['macs'] / 1e9:>9.4f}")
+        print(
+            f"{name:<16}{cost['parameters']:>13,}{cost['trainable']:>13,}{cost['bytes'] / 2**20:>10.2f}"
+            f"{cost['macs'] / 1e9:>10.4f}"
+        )
+    if facts["disk_bytes"]:
+        print(f"\non disk: {facts['disk_bytes'] / 2**20:.2f} MiB", end="")
+    own, dense = facts["per_class"], facts["dense"]
+    saved = (dense["macs"] - facts["total"]["macs"]) / 1e9
     print(
-        f"\none class: {facts['per_class']['parameters']:,} parameters, "
-        f"{facts['per_class']['bytes'] / 2**20:.3f} MiB. The dense model of this shape: "
-        f"{facts['dense']['parameters']:,} parameters, {facts['dense']['macs'] / 1e9:.4f} GMACs."
+        f"\none class: {own['parameters']:,} parameters, {own['bytes'] / 2**20:.3f} MiB\n"
+        f"the dense model of this shape: {dense['parameters']:,} parameters, {dense['macs'] / 1e9:.4f} GMACs; "
+        f"this one saves {saved:.4f} GMACs\n"
+        "GMACs: multiply-accumulates of one forward pass of one image, attention included"
     )
-    print("GMACs: multiply-accumulates of one forward pass of one image, attention included.")
 
 
 def report(path: Path) -> dict[str, Any]:
-    """The figures of a model or parts directory, as plain values."""
+    """The figures of a model, parts directory or design, as plain values."""
     from kindiff import checkpoint
     from kindiff.components import load_components
+    from kindiff.config import DesignConfig, load_recipe
+    from kindiff.evaluate.design import design
     from kindiff.models import DiT
 
+    if path.suffix == ".toml":
+        return _figures(design(load_recipe(path, DesignConfig)), "design", 0)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(
             f"{path} is neither a model nor a components directory: it has no config.json."
         )
     kind = checkpoint.read_json(path / "config.json").get("kind")
+    disk = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     if kind == "components":
-        return _figures(load_components(path).recombine(layers="factored"), "components")
-    return _figures(DiT.from_pretrained(path), "model")
+        return _figures(load_components(path).recombine(layers="factored"), "components", disk)
+    return _figures(DiT.from_pretrained(path), "model", disk)
 
 
-def _figures(model: DiT, kind: str) -> dict[str, Any]:
+def _figures(model: DiT, kind: str, disk: int) -> dict[str, Any]:
     import torch
 
     from kindiff.evaluate.cost import closed_macs, cost_table, tailor_parameters, total
@@ -85,4 +97,5 @@ def _figures(model: DiT, kind: str) -> dict[str, Any]:
         "total": dataclasses.asdict(total(table)),
         "per_class": {"parameters": own, "bytes": own * 4},
         "dense": {"parameters": dense, "macs": sum(closed_macs(config).values())},
+        "disk_bytes": disk,
     }

@@ -18,6 +18,7 @@ from kindiff.config.shapes import (
     MATRICES,
     AutoencoderConfig,
     BackboneConfig,
+    DesignConfig,
     DiTConfig,
     KindConfig,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "AutoencoderConfig",
     "BackboneConfig",
     "DataConfig",
+    "DesignConfig",
     "DiTConfig",
     "EncodeConfig",
     "KindConfig",

@@ -202,3 +202,38 @@ class AutoencoderConfig:
             raise UsageError(
                 f"an autoencoder has 1 or more channels and a width that is a multiple of 8, not {self}."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DesignConfig:
+    """A model to count, not to train: `kindiff inspect DESIGN.toml`."""
+
+    model: BackboneConfig
+    """The backbone."""
+    input_size: int = 32
+    """Side of the input: 32 for the latents of 256 px images."""
+    channels: int = 4
+    """Channels of the input."""
+    classes: int = 1
+    """Number of classes."""
+    objective: Literal["flow", "epsilon"] = "epsilon"
+    """What the output is; epsilon has twice the output channels."""
+    learngene_rank: int = 0
+    """N_G of every matrix; 0 for dense matrices."""
+    tailor_rank: int = 0
+    """N_T of every matrix."""
+    share: Literal["class", "task"] = "class"
+    """class: a tailor for each class. task: one tailor for all."""
+    targets: tuple[str, ...] = MATRICES
+    """The matrices that have tailors."""
+    trains: Literal["all", "tailors"] = "all"
+    """all: pre-training. tailors: transfer, with the learngenes frozen."""
+    train_also: tuple[Literal["bias", "final"], ...] = ()
+    """At transfer, learngene parts that train too."""
+
+    def __post_init__(self) -> None:
+        if min(self.learngene_rank, self.tailor_rank) < 0 or (self.tailor_rank and not self.learngene_rank):
+            raise UsageError(
+                f"learngene_rank {self.learngene_rank} and tailor_rank {self.tailor_rank} do not fit: both are 0 or "
+                "more, and tailors need learngenes."
+            )
