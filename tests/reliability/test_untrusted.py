@@ -1,0 +1,151 @@
+"""Files from strangers: what they claim is checked before anything is made or allocated for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from kindiff import checkpoint
+from kindiff.components import Components, decompose, load_components, save_components
+from kindiff.errors import BadFileError
+from kindiff.models import DiT
+
+
+@pytest.fixture
+def model_folder(kind_model: DiT, tmp_path: Path) -> Path:
+    kind_model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def parts_folder(kind_model: DiT, tmp_path: Path) -> Path:
+    parts: Components = decompose(kind_model)
+    save_components(parts, tmp_path / "parts")
+    return tmp_path / "parts"
+
+
+def edit(path: Path, section: str, key: str, value: object) -> None:
+    content = json.loads(path.read_text())
+    (content[section] if section else content)[key] = value
+    path.write_text(json.dumps(content))
+
+
+HUGE = [
+    ("model", "width", 2**40), ("model", "depth", 2**40), ("model", "depth", 500), ("model", "input_size", 2**30),
+    ("model", "input_size", 8192), ("model", "num_classes", 2**50), ("model", "heads", 2**33),
+    ("model", "channels", 2**31),
+    ("model", "mlp_ratio", 1e300), ("model", "mlp_ratio", float("nan")), ("model", "mlp_ratio", -4.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("section", "key", "value"), HUGE)
+def test_absurd_dimensions_are_one_sentence(
+    model_folder: Path, parts_folder: Path, section, key, value
+) -> None:
+    for folder, read in ((model_folder, DiT.from_pretrained), (parts_folder, load_components)):
+        edit(folder / "config.json", section, key, value)
+        began = time.monotonic()
+        with pytest.raises(BadFileError) as caught:
+            read(folder)
+        assert time.monotonic() - began < 1
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("key", "value"), [("slots", 2**60), ("tailor_rank", 2**40), ("gate_width", 2**40)])
+def test_absurd_structures_too(model_folder: Path, key, value) -> None:
+    edit(model_folder / "config.json", "structure", key, value)
+    with pytest.raises(BadFileError, match=r"config\.json"):
+        DiT.from_pretrained(model_folder)
+
+
+def with_header(path: Path, change) -> None:
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].decode().strip()
+    changed = change(header).encode()
+    path.write_bytes(len(changed).to_bytes(8, "little") + changed + content[8 + length :])
+
+
+def entry(**changes: object):
+    def change(header: str) -> str:
+        value = json.loads(header)
+        name = next(n for n in value if n != "__metadata__")
+        value[name] |= changes
+        return json.dumps(value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        entry(shape=[2**40, 2**40]),
+        entry(shape=[-1]),
+        entry(shape=[True]),
+        entry(shape=[1] * 100),
+        entry(shape="big"),
+        entry(data_offsets=[0, 2**62]),
+        entry(data_offsets=[8, 0]),
+        entry(data_offsets=[0]),
+        entry(dtype="F16"),
+        lambda header: header.replace("{", '{"__metadata__": {}, "__metadata__": {}, ', 1),
+        lambda header: "[" * 100_000,
+        lambda header: "[]",
+        lambda header: "{}",
+    ],
+)
+def test_headers_are_checked_against_the_file(model_folder: Path, change) -> None:
+    path = model_folder / "model.safetensors"
+    with_header(path, change)
+    for read in (checkpoint.read_header, checkpoint.read_tensors):
+        with pytest.raises(BadFileError, match=r"model\.safetensors is damaged") as caught:
+            read(path)
+        assert len(str(caught.value)) < 400
+
+
+def test_links_out_of_a_directory_are_refused(parts_folder: Path, model_folder: Path, tmp_path: Path) -> None:
+    """A parts directory from a stranger whose files are links would show, and pass on, files of our own."""
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    for path in (
+        parts_folder / "tailors" / "cat.safetensors", parts_folder / "config.json", model_folder / "model.safetensors",
+    ):  # fmt: skip
+        path.rename(secret / path.name)
+        path.symlink_to(secret / path.name)
+        read = DiT.from_pretrained if model_folder in path.parents else load_components
+        with pytest.raises(BadFileError, match="is a link out of its directory"):
+            read(model_folder if model_folder in path.parents else parts_folder)
+        path.unlink()
+        (secret / path.name).rename(path)
+    shutil.move(parts_folder / "tailors", secret / "tailors")
+    (parts_folder / "tailors").symlink_to(secret / "tailors")
+    with pytest.raises(BadFileError, match="is a link out of its directory"):
+        load_components(parts_folder)
+
+
+def test_links_of_the_hubs_cache_are_followed(parts_folder: Path, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    for number, path in enumerate(p for p in sorted(parts_folder.rglob("*")) if p.is_file()):
+        shutil.copy(path, blobs / str(number))
+        link = snapshot / path.relative_to(parts_folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blobs / str(number), link.parent))
+    assert load_components(snapshot).classes == load_components(parts_folder).classes
+
+
+def test_what_is_no_file_is_not_read(model_folder: Path) -> None:
+    path = model_folder / "model.safetensors"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(FileNotFoundError):
+        DiT.from_pretrained(model_folder)
+    (model_folder / "config.json").unlink()
+    (model_folder / "config.json").symlink_to("/dev/zero")
+    with pytest.raises((BadFileError, FileNotFoundError)):
+        DiT.from_pretrained(model_folder)
