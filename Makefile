@@ -4,7 +4,7 @@ VENV = .venv
 BIN = $(VENV)/bin
 ONE = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test test-all check lint types install
+.PHONY: bench demo test test-all check lint types install
 
 demo: install  ## pre-train, decompose, recombine, transfer, sample: about 15 minutes on two cores
 	$(BIN)/kindiff demo runs/demo
@@ -14,6 +14,14 @@ test: install  ## the tests, two processes of one thread each
 
 test-all: install  ## the slow tests too
 	$(ONE) $(BIN)/python -m pytest -n 2 -m ""
+
+bench: install  ## component matrices against dense ones; needs a quiet machine
+	$(BIN)/python benchmarks/speed.py blocks
+	$(BIN)/python benchmarks/speed.py classes
+	$(BIN)/python benchmarks/speed.py steps
+
+faults: install  ## the fault campaign in its long form: an hour or more; run again to go on (docs/reliability.md)
+	$(ONE) $(BIN)/python benchmarks/faults.py
 
 lint: install
 	$(BIN)/ruff check .
