@@ -35,7 +35,10 @@ from typing import Any
 import numpy as np
 import torch
 
-import kindiff.cli.pretrain  # noqa: F401  (so that a fork has all imports)
+import torch._dynamo  # a fork has all imports: the optimiser asks for this one
+import tyro  # noqa: F401
+
+import kindiff.cli.pretrain  # noqa: F401
 import kindiff.train.loop as loop
 from kindiff import checkpoint, runtime
 from kindiff.cli.main import main

@@ -57,7 +57,11 @@ def main(args: Args) -> None:
                 lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
                 last = [line["loss"] for line in lines[-4:]]
                 rows.append({"start": start, "lr": lr, "seed": seed, "loss": sum(last) / len(last)})
-                facts = {"config": to_dict(base), "versions": runtime.versions(), "hardware": runtime.hardware()}
+                facts = {
+                    "config": to_dict(base),
+                    "versions": runtime.versions(),
+                    "hardware": runtime.hardware(),
+                }
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 write_json(args.out, facts | {"rows": rows})
     print(f"{'start':<14}" + "".join(f"{'lr ' + str(lr):>12}" for lr in args.lrs))

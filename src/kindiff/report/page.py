@@ -16,7 +16,7 @@ STYLE = """
   :root { --ink: #e6e6e3; --soft: #a0a6ad; --paper: #17181a; --line: #36393d; --tint: #202225; } }
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+  max-width: 66rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .3rem; }
 p { max-width: 44rem; margin: .4rem 0; } .soft { color: var(--soft); }
@@ -26,6 +26,8 @@ th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid var(-
 th { font-weight: 600; color: var(--soft); } th:first-child, td:first-child { text-align: left; }
 .sheet td, .sheet th { text-align: left; padding: .15rem .4rem; border: 0; }
 .sheet img { display: block; image-rendering: pixelated; border-radius: 3px; background: var(--tint); }
+@media (max-width: 40rem) { .sheet { font-size: .75rem; } .sheet td, .sheet th { white-space: normal; }
+  .sheet img { width: 23vw; height: auto; } }
 code { background: var(--tint); padding: .1em .3em; border-radius: 3px; }
 """
 
