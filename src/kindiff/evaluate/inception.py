@@ -199,10 +199,9 @@ class InceptionFeatures:
     resize = "TF1 bilinear (no half-pixel centres, no antialiasing) to 299, (x - 128) / 128"
 
     def __init__(self, net: FIDInception, *, sha256: str, device: str = "cpu") -> None:
+        # channels last: 1.5 times faster on a CPU
         self.net = net.eval().requires_grad_(False).to(device)
-        for parameter in self.net.parameters():  # channels last: 1.5 times faster on a CPU
-            if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.sha256 = sha256
         self.device = device
 
