@@ -34,7 +34,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 import torch._dynamo  # a fork has all imports: the optimiser asks for this one
 import tyro  # noqa: F401
 

@@ -13,6 +13,7 @@ import shutil
 import signal
 import struct
 import time
+import traceback
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,7 +56,8 @@ def targets(folder: Path) -> list[Target]:
     from kindiff.data.hierarchy import read_hierarchy
     from kindiff.data.latents import LatentSet
     from kindiff.data.prepared import open_prepared
-    from kindiff.models import Autoencoder, DiT
+    from kindiff.models import DiT
+    from kindiff.models.autoencoder import Autoencoder
     from kindiff.train.rollback import read_windows
     from kindiff.train.run import _read
 
@@ -89,7 +91,7 @@ def make_seeds(folder: Path, model: Path) -> None:
     from kindiff.data.latents import write_latents
     from kindiff.data.manifest import Skipped
     from kindiff.data.prepared import open_prepared, write_prepared
-    from kindiff.models import Autoencoder
+    from kindiff.models.autoencoder import Autoencoder
     from kindiff.train.run import Run
 
     shutil.rmtree(folder, ignore_errors=True)
@@ -140,7 +142,9 @@ def mutate(content: bytes, form: str, random: np.random.Generator) -> bytes:
         if random.random() < 0.3:
             return _bytes(content[: 8 + length], random) + content[8 + length :]
         head = mutate(content[8 : 8 + length].strip(), "json", random)
-        count = len(head) if random.random() < 0.9 else int(random.choice([0, 1, 2**40, 2**63, 2**64 - 1]))
+        count = (
+            len(head) if random.random() < 0.9 else (0, 1, 2**40, 2**63, 2**64 - 1)[int(random.integers(5))]
+        )
         body = content[8 + length :]
         return struct.pack("<Q", count) + head + (body if random.random() < 0.8 else _bytes(body, random))
     if random.random() < 0.5:
@@ -294,6 +298,8 @@ def batch_in_child(seeds: Path, number: int, count: int, counts: dict[str, Any])
         try:
             answer.write_text(json.dumps(batch(place, number, count)))
             os._exit(0)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(1)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -33,6 +33,8 @@ class ClassSet:
         if not self.names:
             raise UsageError("a class set needs at least one class; none was given.")
         for name in self.names:
+            if not isinstance(name, str) or any("\ud800" <= c <= "\udfff" for c in name):
+                raise UsageError(f"class name {str(name)[:40]!r} cannot be used: names are text.")
             if not name or len(name) > MAX_NAME or name.startswith(".") or any(c in name for c in "/\\\0"):
                 raise UsageError(
                     f"class name {name[:40]!r} cannot be used: names are 1 to {MAX_NAME} characters, without "

@@ -8,12 +8,18 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kindiff import checkpoint
 from kindiff.components import Components, decompose, load_components, save_components
+from kindiff.config import AutoencoderConfig
+from kindiff.data.latents import LatentSet, write_latents
+from kindiff.data.prepared import open_prepared
 from kindiff.errors import BadFileError
 from kindiff.models import DiT
+from kindiff.models.autoencoder import Autoencoder
+from toys import write_shapes
 
 
 @pytest.fixture
@@ -149,3 +155,25 @@ def test_what_is_no_file_is_not_read(model_folder: Path) -> None:
     (model_folder / "config.json").symlink_to("/dev/zero")
     with pytest.raises((BadFileError, FileNotFoundError)):
         DiT.from_pretrained(model_folder)
+
+
+def test_a_manifest_of_latents_is_checked_like_any_other(tmp_path: Path) -> None:
+    """Found by the campaign's fuzzing: counts, classes and the autoencoder were believed."""
+    images = open_prepared(write_shapes(tmp_path / "images", per_class=1))
+    write_latents(
+        tmp_path / "latents",
+        images,
+        Autoencoder(AutoencoderConfig(width=8)),
+        np.zeros((4, 2, 4, 2, 2), np.float32),
+    )
+    path = tmp_path / "latents" / "manifest.json"
+    whole = path.read_text()
+    assert len(LatentSet.open(path.parent)) == 4
+    for key, value in (
+        ("counts", 4), ("counts", [1, 1, 1, "1"]), ("counts", [4]), ("counts", [2, 2, 1, -1]), ("classes", "abcd"),
+        ("classes", ["a", "b", "c", 4]), ("classes", ["a", "b", "c", "\ud800"]), ("autoencoder", None),
+    ):  # fmt: skip
+        edit(path, "", key, value)
+        with pytest.raises(BadFileError, match=r"manifest\.json is damaged"):
+            LatentSet.open(path.parent)
+        path.write_text(whole)

@@ -90,11 +90,23 @@ class LatentSet:
                 f"{file} is missing or damaged (its hash is not the recorded one); encode again."
             )
         stored = np.load(file, mmap_mode="r", allow_pickle=False)
-        counts = manifest["counts"]
+        counts: Any = manifest.get("counts")
+        names: Any = manifest.get("classes")
+        sound = isinstance(counts, list) and isinstance(names, list) and len(counts) == len(names)
+        if not sound or not all(type(n) is int and n > 0 for n in counts):
+            raise BadFileError(
+                f"{path / MANIFEST} is damaged: its classes do not have a count each; encode again."
+            )
+        if not isinstance(manifest.get("autoencoder"), str):
+            raise BadFileError(f"{path / MANIFEST} is damaged: it names no autoencoder; encode again.")
+        try:
+            classes = ClassSet(tuple(names))
+        except UsageError as error:
+            raise BadFileError(f"{path / MANIFEST} is damaged: {error}") from None
         if stored.ndim != 5 or stored.shape[0] != sum(counts) or stored.shape[1] != 2:
             raise BadFileError(f"{file} holds {stored.shape}, not what its manifest says; encode again.")
         return LatentSet(
-            path=path, classes=ClassSet(tuple(manifest["classes"])), rows=np.arange(len(stored), dtype=np.int64),
+            path=path, classes=classes, rows=np.arange(len(stored), dtype=np.int64),
             labels=np.repeat(np.arange(len(counts), dtype=np.int64), counts), channels=stored.shape[2],
             size=stored.shape[3], sha256=manifest["sha256"], autoencoder_hash=manifest["autoencoder"],
         )  # fmt: skip
