@@ -693,7 +693,7 @@ def soak(place: Place, short: bool) -> Iterator[Case]:
             loop.Saver.save, Run.save = watched, timed  # type: ignore[method-assign]
 
         began = time.monotonic()
-        if code := place.go(out, before, steps=steps, save_every=every):
+        if code := place.go(out, before, steps=steps, save_every=every, batch=2, log_every=50):
             return f"exit code {code}: {place.log()[-300:]}"
         found = json.loads(facts.read_text())
         samples = [s for s in found["samples"] if s[0] >= steps // 10]
