@@ -99,8 +99,10 @@ def test_after_the_limit_the_run_stops_and_can_be_told_to_go_on(shapes: Path, tm
     with pytest.raises(NotFinite, match=r"step 13: .*has gone back 2 times already"):
         pretrain(toy(shapes, **LOOP, rollbacks=2), tmp_path / "run")
     assert [w.first for w in read_windows(tmp_path / "run")] == [5, 9]
+    (tmp_path / "run" / "capsules" / ".step-00000013.0123abcd.tmp").mkdir()  # killed while it was written
     pretrain(toy(shapes, **LOOP, rollbacks=3), tmp_path / "run")
     assert [w.first for w in read_windows(tmp_path / "run")] == [5, 9, 13]
+    assert not list((tmp_path / "run").rglob(".*"))
 
 
 def test_a_bad_weight_is_never_saved_and_heals(shapes: Path, tmp_path: Path, monkeypatch) -> None:

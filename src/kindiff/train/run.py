@@ -119,7 +119,7 @@ class Run:
 
     def _clean(self) -> None:
         """Remove what only a killed process leaves: files and directories under a temporary name."""
-        for folder in (self.folder, self.folder / "checkpoints"):
+        for folder in (self.folder, self.folder / "checkpoints", self.folder / "capsules"):
             for path in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
                 if path.is_dir():
                     shutil.rmtree(path)
