@@ -796,6 +796,26 @@ def _all_held(facts: dict[str, Any]) -> bool:
     return all(part["held"] == part["done"] for part in facts["parts"].values())
 
 
+def table(facts: dict[str, Any]) -> str:
+    """The figures as the table of docs/reliability.md."""
+    rows = ["| part | cases | held | seen |", "|---|---|---|---|"]
+    for part in PARTS:
+        found = facts["parts"].get(part.__name__, {"done": 0, "held": 0, "seen": {}})
+        seen = "; ".join(
+            f"{k.replace('_', ' ')} {_words(v)}" for k, v in found["seen"].items() if k != "inputs_by_file"
+        )
+        rows.append(f"| {part.__name__} | {found['done']} | {found['held']} | {seen} |")
+    return "\n".join(rows)
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v}" for k, v in value.items())
+    return (
+        f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else str(value)
+    )
+
+
 def command() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -808,7 +828,11 @@ def command() -> int:
     parser.add_argument(
         "--work", type=Path, default=None, help="folder for the runs (default: a temporary one)"
     )
+    parser.add_argument("--table", action="store_true", help="print what is in --out as a table, and end")
     asked = parser.parse_args()
+    if asked.table:
+        print(table(json.loads(asked.out.read_text())))
+        return 0
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         work = asked.work or Path(temporary)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from kindiff import checkpoint
 from kindiff.components import Components, decompose, load_components, save_components
@@ -177,3 +178,15 @@ def test_a_manifest_of_latents_is_checked_like_any_other(tmp_path: Path) -> None
         with pytest.raises(BadFileError, match=r"manifest\.json is damaged"):
             LatentSet.open(path.parent)
         path.write_text(whole)
+
+
+def test_a_tailor_whose_sigma_is_one_number(parts_folder: Path) -> None:
+    """Found by the campaign's fuzzing: a shape of no dimension has as many bytes as one of [1]."""
+    path = parts_folder / "tailors" / "cat.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in checkpoint.read_tensors(path).items()}
+    with checkpoint.open_tensors(path) as file:
+        metadata = file.metadata()
+    path.unlink()  # what was read may still be the file itself, mapped
+    checkpoint.write_tensors(path, tensors | {"blocks.0.q.sigma": torch.tensor(1.0)}, metadata)
+    with pytest.raises(BadFileError, match=r"cat\.safetensors is of another architecture"):
+        load_components(parts_folder)

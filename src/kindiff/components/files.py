@@ -139,7 +139,7 @@ def _read_tailor(
     for i in range(config.depth):
         for matrix in targets:
             key, (features_out, features_in) = f"blocks.{i}.{matrix}", config.matrix_shape(matrix)
-            rank = len(tensors.get(f"{key}.sigma", torch.empty(0)))
+            rank = tensors.get(f"{key}.sigma", torch.empty(0)).numel()
             for leaf, shape in (("u", (rank, features_out)), ("sigma", (rank,)), ("v", (rank, features_in))):
                 wanted[f"{key}.{leaf}"] = torch.empty(shape, device="meta")
     checkpoint.check_tensors(path, tensors, wanted)
