@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kindiff.classes import ClassSet
-from kindiff.components import decompose, save_components
+from kindiff.components import decompose, factorize, save_components
 from kindiff.config import (
     BackboneConfig,
     DataConfig,
@@ -138,3 +138,19 @@ def test_superclasses_come_from_a_file(tmp_path: Path, config: PretrainConfig) -
     assert model.gate.slots_CK[:-1].tolist() == [[0, 4], [1, 5], [2, 5], [3, 5]]
     with pytest.raises(UsageError, match="no group holds the class yak"):
         starting_model(start, replace(SHAPE, num_classes=1), ClassSet(("yak",)))
+
+
+def test_auto_is_the_measured_start_for_random_weights_and_svd_for_a_dense_model() -> None:
+    dense = DiT(SHAPE, classes=ClassSet(NAMES))
+
+    def start(init: str) -> dict[str, torch.Tensor]:
+        kind = KindConfig(learngene_rank=6, tailor_rank=1, init=init)
+        return starting_model(PretrainConfig(kind=kind), SHAPE, dense.classes).state_dict()
+
+    auto, rescaled, plain = start("auto"), start("svd-rescaled"), start("svd")
+    assert all(torch.equal(auto[name], rescaled[name]) for name in auto)
+    assert not torch.equal(auto["blocks.0.q.sigma"], plain["blocks.0.q.sigma"])
+    kind = KindConfig(learngene_rank=6, tailor_rank=1)
+    by_default = factorize(dense, kind).state_dict()
+    as_svd = factorize(dense, replace(kind, init="svd")).state_dict()
+    assert all(torch.equal(by_default[name], as_svd[name]) for name in by_default)

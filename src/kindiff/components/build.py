@@ -170,6 +170,7 @@ def fill_components_(
     scale = 1.0
     if kind.init == "svd-rescaled":
         energy = pool.sigma[:wanted].square()
+        energy[min(weight_OI.shape) :] = 0.0  # fresh components contribute nothing yet
         on = energy[:rank].sum() + (energy[rank:].sum() * on_at_once / slots if dealt else 0.0)
         scale = float((weight_OI.square().sum() / on).sqrt())
     layer.u.copy_(pool.u[:rank])

@@ -166,9 +166,10 @@ class KindConfig:
     """N_G: rank-1 components of every matrix that are always on."""
     tailor_rank: int
     """N_T: rank-1 components of every matrix that belong to one class."""
-    init: Literal["svd", "svd-rescaled", "per-factor"] = "svd"
+    init: Literal["auto", "svd", "svd-rescaled", "per-factor"] = "auto"
     """Start of the components: the SVD of the dense weight, the same scaled up for the part that the gate
-    switches off, or random factors (see docs/method.md for the measured choice)."""
+    switches off, or random factors. auto: svd-rescaled for pre-training from random weights, where it measures best
+    (docs/method.md); svd for a dense model that is there already, which it leaves as it is."""
     gate: Literal["class", "superclass", "soft"] = "class"
     """class: one tailor a class, on for its class only (KIND). superclass: two, the class's own and one that its
     superclass shares (needs superclasses). soft: one weight a tailor from an MLP on the class embedding

@@ -40,7 +40,7 @@ DEMOS = {
     "standard": Demo(
         pretrain=PretrainConfig(
             model=BackboneConfig(width=192, depth=6, heads=3, patch=4),
-            kind=KindConfig(learngene_rank=64, tailor_rank=2),
+            kind=KindConfig(learngene_rank=64, tailor_rank=2, init="svd"),
             train=TrainConfig(steps=2000, batch=64, lr=2e-3, save_every=100),
         ),
         transfer=TransferConfig(

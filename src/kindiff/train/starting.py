@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,7 +38,10 @@ def starting_model(config: PretrainConfig, shape: DiTConfig, classes: ClassSet) 
     superclasses = None
     if config.superclasses:
         superclasses = superclass_of(classes.names, read_grouping(config.superclasses))
-    return factorize(model, config.kind, superclasses=superclasses, seed=config.train.seed)
+    kind = config.kind
+    if kind.init == "auto" and not config.init:
+        kind = replace(kind, init="svd-rescaled")
+    return factorize(model, kind, superclasses=superclasses, seed=config.train.seed)
 
 
 def init_hash(config: PretrainConfig) -> str:
