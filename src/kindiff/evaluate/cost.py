@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -129,8 +128,3 @@ def tailor_parameters(model: DiT) -> int:
     """Parameters that belong to one class: its tailor and its row of the embedding."""
     bank = sum(p[0].numel() for n, p in model.named_parameters() if ".tailor_" in n)
     return bank + model.config.width
-
-
-def module_bytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters and stored buffers."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
