@@ -28,6 +28,7 @@ COMMANDS = {
     "recombine": "put a smaller model together from parts",
     "transfer": "teach parts new classes by training only fresh tailors",
     "sample": "draw images: a grid, or a folder",
+    "study": "compare methods over tasks, learning rates and seeds; tables and figures of the results",
     "evaluate": "score samples against a reference: FID, sFID, IS, precision, recall, KID",
     "classes": "show a class hierarchy, merge similar classes into groups, deal them out to tasks",
     "convert": "read and write released DiT files, diffusers' transformer and pipeline folders",
@@ -153,3 +154,7 @@ def _fail(sentence: str, code: int) -> int:
 def entry() -> None:
     """The console script."""
     sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    entry()
