@@ -27,6 +27,7 @@ COMMANDS = {
     "decompose": "take a model apart: learngenes and one tailor file per class",
     "recombine": "put a smaller model together from parts",
     "transfer": "teach parts new classes by training only fresh tailors",
+    "adapt": "teach a dense model new classes with a rival: LoRA and its kin, full fine-tuning, other learngenes",
     "sample": "draw images: a grid, or a folder",
     "evaluate": "score samples against a reference: FID, sFID, IS, precision, recall, KID",
     "classes": "show a class hierarchy, merge similar classes into groups, deal them out to tasks",
