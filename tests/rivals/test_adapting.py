@@ -130,7 +130,7 @@ def test_an_adapter_is_for_its_base(toys: Path, tmp_path: Path) -> None:
     path = tmp_path / "run" / "adapter" / "config.json"
     description = checkpoint.read_json(path)
     checkpoint.write_json(path, description | {"rival": {"method": "lore"}})
-    with pytest.raises(BadFileError, match="is damaged: method is .lore"):
+    with pytest.raises(BadFileError, match=r"is damaged: method is .lore"):
         load_adapter(base, tmp_path / "run" / "adapter")
     checkpoint.write_json(path, description | {"rival": description["rival"] | {"rank": 4}})
     with pytest.raises(BadFileError, match="of another architecture"):

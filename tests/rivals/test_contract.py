@@ -52,6 +52,12 @@ def lora(method: str, **settings: object) -> Case:
     return Case(rival=rival, trains=matrix(r"lora_[AB]\.default\.weight"), count=lambda o, i: 4 * (o + i))
 
 
+def lokr_count(o: int, i: int) -> int:
+    """LoKr of rank 2: a dense (a, c) factor and a (b, d) one of two thin sides; a b = O, c d = I, near the root."""
+    (a, b), (c, d) = ({32: (4, 8), 128: (8, 16)}[side] for side in (o, i))
+    return a * c + 2 * (b + d)
+
+
 CASES = {
     "scratch": Case(rival=RivalConfig(method="scratch"), trains=".*"),
     "full": Case(rival=RivalConfig(method="full"), trains=".*"),
@@ -62,6 +68,34 @@ CASES = {
         rival=RivalConfig(method="dora", rank=4),
         trains=matrix(r"lora_([AB]\.default|magnitude_vector\.default)\.weight"),
         count=lambda o, i: 4 * (o + i) + o,
+    ),
+    "oft": Case(
+        rival=RivalConfig(method="oft", rank=8),
+        trains=matrix(r"oft_R\.default\.weight"),
+        count=lambda o, i: i * (8 - 1) // 2,
+    ),
+    "boft": Case(
+        rival=RivalConfig(method="boft", rank=8),
+        trains=matrix(r"boft_[Rs]\.default"),
+        count=lambda o, i: i * 8 + o,
+    ),
+    "loha": Case(
+        rival=RivalConfig(method="loha", rank=4),
+        trains=matrix(r"hada_w[12]_[ab]\.default"),
+        count=lambda o, i: 2 * 4 * (o + i),
+    ),
+    "lokr": Case(
+        rival=RivalConfig(method="lokr", rank=2),
+        trains=matrix(r"lokr_(w1|w2_[ab])\.default"),
+        count=lokr_count,
+    ),
+    "vera": Case(
+        rival=RivalConfig(method="vera", rank=16),
+        trains=matrix(r"vera_lambda_[bd]\.default"),
+        count=lambda o, i: 16 + o,
+    ),
+    "hra": Case(
+        rival=RivalConfig(method="hra", rank=4), trains=matrix(r"hra_u\.default"), count=lambda o, i: 4 * i
     ),
     "svdiff": Case(rival=RivalConfig(method="svdiff"), trains=matrix("sigma"), count=lambda o, i: min(o, i)),
 }
@@ -214,3 +248,12 @@ def test_an_adapter_saved_and_loaded_is_the_same(name: str, trained, base: DiT, 
     again = load_adapter(base, tmp_path / "adapter")
     assert again.classes == model.classes
     assert torch.equal(outputs(again, ALL_IDS), outputs(model, ALL_IDS))
+
+
+@each_case
+def test_it_trains_in_bf16(name: str, base: DiT, samples, tmp_path: Path) -> None:
+    model = start(base, samples.classes, CASES[name].rival, seed=SEED)
+    loop = TrainConfig(steps=2, batch=4, warmup=1, precision="bf16")
+    average = fit(model, samples, ObjectiveConfig(gate_dropout=0.0), loop, Run(tmp_path / "run", {}), True)
+    assert {p.dtype for p in average.parameters()} == {torch.float32}
+    assert outputs(average, ALL_IDS).isfinite().all()

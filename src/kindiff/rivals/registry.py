@@ -16,6 +16,12 @@ RIVALS: dict[str, Rival] = {
     "lora": tuners.LORA,
     "dora": tuners.DORA,
     "pissa": tuners.PISSA,
+    "oft": tuners.OFT,
+    "boft": tuners.BOFT,
+    "loha": tuners.LOHA,
+    "lokr": tuners.LOKR,
+    "vera": tuners.VERA,
+    "hra": tuners.HRA,
     "svdiff": svdiff.SVDIFF,
 }
 
