@@ -27,6 +27,7 @@ COMMANDS = {
     "decompose": "take a model apart: learngenes and one tailor file per class",
     "recombine": "put a smaller model together from parts",
     "transfer": "teach parts new classes by training only fresh tailors",
+    "adapt": "teach a dense model new classes with a rival: LoRA and its kin, full fine-tuning, other learngenes",
     "sample": "draw images: a grid, or a folder",
     "study": "compare methods over tasks, learning rates and seeds; tables and figures of the results",
     "evaluate": "score samples against a reference: FID, sFID, IS, precision, recall, KID",
