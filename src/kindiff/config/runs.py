@@ -21,6 +21,8 @@ class ObjectiveConfig:
     """Share of samples trained as the null class (for classifier-free guidance); tailors are off there."""
     gate_dropout: float = 0.2
     """Share of samples whose tailors are off while their class embedding stays on."""
+    gate_labels: Literal["class", "shuffled"] = "class"
+    """Which tailor is on: the class's, or (a control that diverts nothing) one drawn at random for each sample."""
 
     def __post_init__(self) -> None:
         for name in ("label_dropout", "gate_dropout"):
