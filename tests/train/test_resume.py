@@ -187,10 +187,10 @@ def break_off(monkeypatch) -> Callable[..., None]:
 
 @pytest.fixture
 def two_checkpoints(shapes: Path, tmp_path: Path, break_off) -> Path:
-    """An unfinished run of 12 steps with whole checkpoints at steps 4 and 8."""
+    """An unfinished run of 12 steps with whole checkpoints at steps 6 and 8."""
     run, config = tmp_path / "run", toy(shapes)
     break_off(config, run, steps=9)
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000004", "step-00000008"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
     return run
 
 
@@ -217,7 +217,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     (named,) = [line for line in stderr.splitlines() if "passing over a checkpoint" in line]
     # a flipped bit in the recorded hash of a file looks like damage of that file
     assert str(path if name != "state" else path.parent) in named
-    assert "resuming at step 4" in stderr
+    assert "resuming at step 6" in stderr
     assert_same_run(two_checkpoints, short_run)
 
 

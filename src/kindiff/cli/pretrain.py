@@ -26,6 +26,7 @@ class Args:
 
 def run(args: Args) -> None:
     """Train, or print the plan."""
+    from kindiff.progress import show
     from kindiff.train import pretrain
     from kindiff.train.plan import pretrain_plan
 
@@ -33,4 +34,4 @@ def run(args: Args) -> None:
         print(pretrain_plan(args.recipe))
         return
     pretrain(args.recipe, args.out)
-    print(args.out / "model")
+    show(args.out / "model")

@@ -1,6 +1,7 @@
 """A run's directory: what was asked, the metrics, checkpoints, and how a run is found again.
 
 run.json                    the config, the data's hash, versions, hardware
+run.lock                    held by the process that trains
 metrics.jsonl               one line every few steps
 checkpoints/step-0000500/   model, ema and optimiser tensors, state.json; the newest two are kept, one at the end
 rollbacks.json, capsules/   steps that were left out because a number was not finite, and why
@@ -9,7 +10,9 @@ model/                      the finished model (EMA weights)
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from kindiff import checkpoint, runtime
 from kindiff.errors import BadFileError, UsageError
+from kindiff.parallel import ALONE, Ranks
 from kindiff.progress import say
 
 GROUPS = {"model", "ema", "optimiser", "log"}
@@ -26,22 +30,43 @@ GROUPS = {"model", "ema", "optimiser", "log"}
 
 # Settings that may differ between the parts of one run: they do not change its result.
 # The windows that a run has left out are on record (rollbacks.json), so its limit and their length may change.
-FREE = ("workers", "save_every", "log_every", "tensorboard", "device", "rollbacks", "skip_window")
+FREE = (
+    "workers", "save_every", "log_every", "tensorboard", "device", "rollbacks", "skip_window", "parallel",
+    "accumulate", "recompute",
+)  # fmt: skip
 
+LOCK = "run.lock"
 KEPT = 2
 """Checkpoints of a running run: were the newest damaged after it was verified, the one before is there."""
 
 
 class Run:
-    """The files of one training run. Opening an existing run checks that it is the same one."""
+    """The files of one training run. Opening an existing run checks that it is the same one.
 
-    def __init__(self, folder: Path, description: dict[str, Any]) -> None:
-        """description: plain values that determine the result. UsageError when the folder holds another run."""
+    All ranks read them (from one file system); the first one writes.
+    """
+
+    def __init__(self, folder: Path, description: dict[str, Any], ranks: Ranks = ALONE) -> None:
+        """description: plain values that determine the result.
+
+        UsageError when the folder holds another run, or another process trains it.
+        """
         self.folder = Path(folder)
-        path = self.folder / "run.json"
+        self.ranks = ranks
         self._whole: list[int] = []
         """Steps of the checkpoints that this process has read or written, oldest first."""
-        self._clean()
+        self._locked: int | None = None
+        ranks.on_first(lambda: self._open(description))
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._locked is not None:
+            os.close(self._locked)
+
+    def _open(self, description: dict[str, Any]) -> None:
+        path = self.folder / "run.json"
         if path.is_file():
             before = checkpoint.read_json(path).get("description")
             if difference := _difference(before, description):
@@ -49,13 +74,32 @@ class Run:
                     f"{self.folder} holds a run with other settings ({difference}); use another folder, or the "
                     "same settings to resume."
                 )
+            if not self.finished:
+                self._lock()
+                self._clean()
             return
-        if self.folder.exists() and any(self.folder.iterdir()):
+        if self.folder.exists() and not all(
+            path.name == LOCK or path.match(".run.json.*.tmp") for path in self.folder.iterdir()
+        ):
             raise UsageError(f"{self.folder} is not empty and holds no run; use another folder.")
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        self._clean()
         checkpoint.write_json(
             path, {"description": description, "versions": runtime.versions(), "hardware": runtime.hardware()}
         )
+
+    def _lock(self) -> None:
+        """Until the block or this process ends. A record lock: loader processes that outlive it do not hold it."""
+        descriptor = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UsageError(
+                f"another process trains in {self.folder}; wait for its end or stop it, or use another folder."
+            ) from None
+        self._locked = descriptor
 
     @property
     def model(self) -> Path:
@@ -96,26 +140,29 @@ class Run:
 
     def newest(self) -> tuple[int, dict[str, dict[str, Tensor]]] | None:
         """Step and tensors of the newest whole checkpoint; damaged ones are named and passed over."""
-        for place in reversed(self._places()):
+        found = None
+        for place in reversed(self._places()) if self.ranks.first else ():
             try:
                 found = _read(place)
                 self._whole = [found[0]]
-                return found
+                break
             except (BadFileError, FileNotFoundError) as error:  # a disk that cannot be read now is not damage
                 say(f"passing over a checkpoint: {error}")
-        return None
+        step = self.ranks.most(found[0] if found else -1)
+        return found or (None if step < 0 else _read(self._place(step)))
 
     def metrics_until(self, step: int) -> None:
         """Drop metrics of steps that will be done again."""
         path = self.folder / "metrics.jsonl"
-        if path.is_file():
+        if self.ranks.first and path.is_file():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
             checkpoint.write_file(path, "".join(line + "\n" for line in kept).encode())
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl."""
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        if self.ranks.first:
+            with (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
 
     def _clean(self) -> None:
         """Remove what only a killed process leaves: files and directories under a temporary name."""
