@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+PATIENCE = timedelta(hours=6)
+"""How long ranks wait for one that prepares what all need; one that has ended is noticed at once."""
 
 
 class RankLost(RuntimeError):
@@ -76,7 +79,7 @@ class Ranks:
             import torch.distributed as dist
 
             mask = torch.zeros(size, dtype=torch.uint8)
-            mask[numbers.cpu()] = 1
+            mask[numbers.long().cpu()] = 1
             dist.all_reduce(mask, dist.ReduceOp.MAX)
             return mask.nonzero().flatten()
         return numbers
@@ -91,6 +94,24 @@ class Ranks:
             dist.all_gather(parts, tensor.contiguous())
             return torch.cat(parts)
         return tensor
+
+    def to_first(self, tensor: Tensor | None, counts: Sequence[int]) -> list[Tensor]:
+        """On the first rank the tensors of the ranks that have one, which are its lowest len(counts); else nothing.
+
+        Rank r's has shape (counts[r], ...) and lies on the CPU; they are alike but for that.
+        """
+        if self.count == 1:
+            return [] if tensor is None else [tensor]
+        import torch.distributed as dist
+
+        if self.first and tensor is not None:
+            parts = [tensor, *(tensor.new_empty(n, *tensor.shape[1:]) for n in counts[1:])]
+            for rank, part in enumerate(parts[1:], 1):
+                dist.recv(part, rank)
+            return parts
+        if tensor is not None:
+            dist.send(tensor.contiguous(), 0)
+        return []
 
     def word(self, text: str) -> str:
         """The text of the lowest rank that has one, at most 400 bytes of it."""
@@ -142,7 +163,8 @@ def joined() -> Iterator[Ranks]:
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank() or 0)
         if ours:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=PATIENCE)
         yield ranks
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or any(w in str(error) for w in ("gloo", "NCCL", "onnection")):
