@@ -67,8 +67,8 @@ class DiTPipeline:
         Image i is a function of (config.seed, first_index + i), its class and the model alone. Classes may be
         mixed freely. tailors=False switches every tailor off and keeps the class embeddings: the learngenes
         alone. `advance` is told of finished images. Of several ranks each draws a batch in turn, the batches that
-        one would draw alone; the first returns all images, the others none. UsageError for an id that the model does not have or a
-        sampler that does not fit its objective.
+        one would draw alone; the first returns all images, the others none. UsageError for an id that the model
+        does not have or a sampler that does not fit its objective.
         """
         rows = self.model.classes.rows
         if bad := [i for i in class_ids if not 0 <= i < rows]:
