@@ -161,7 +161,7 @@ def work(folder: Path, ranks: Ranks) -> None:
     transfer(folder / "parts", transfer_config(folder), folder / "transfer-two")
 
     for how in ("ddp", "fsdp"):
-        config = settings(shapes, "", parallel=how)
+        config = settings(shapes, "", parallel=how, checkpoints={"ddp": "full", "fsdp": "sharded"}[how])
         pretrain(config, folder / f"{how}-whole")
         nan_on_the_second_rank(folder, ranks, how)
         stopped(config, folder / f"{how}-stopped", ranks, STOP)
@@ -170,7 +170,7 @@ def work(folder: Path, ranks: Ranks) -> None:
 
     # Two ranks, one, two.
     changing = folder / "changing"
-    stopped(settings(shapes, "", parallel="fsdp"), changing, ranks, 2)
+    stopped(settings(shapes, "", parallel="fsdp", checkpoints="sharded"), changing, ranks, 2)
     if ranks.first:
         stopped(settings(shapes, ""), changing, ALONE, 5)
     ranks.wait()

@@ -23,7 +23,7 @@ from kindiff import checkpoint
 from kindiff.cli.main import main
 from kindiff.parallel import ALONE
 from kindiff.train import pretrain, transfer
-from kindiff.train.run import GROUPS
+from kindiff.train.run import _read
 from toys import assert_same_tensors, one_thread, toy, toy_arguments
 
 pytestmark = pytest.mark.slow
@@ -32,9 +32,8 @@ WORK = Path(rank_work.__file__)
 
 def state(run: Path) -> dict[str, torch.Tensor]:
     (place,) = (run / "checkpoints").iterdir()
-    files = {group: place / f"{group}.safetensors" for group in GROUPS}
-    files["written"] = run / "model" / "model.safetensors"
-    return {f"{g}/{k}": v for g, path in files.items() for k, v in checkpoint.read_tensors(path).items()}
+    groups = _read(place)[1] | {"written": checkpoint.read_tensors(run / "model" / "model.safetensors")}
+    return {f"{group}/{name}": tensor for group, some in groups.items() for name, tensor in some.items()}
 
 
 def metrics(run: Path) -> list[dict[str, float]]:

@@ -92,6 +92,8 @@ class TrainConfig:
     """Loader processes; results do not depend on it."""
     save_every: int = 500
     """Most steps that a kill can cost; a checkpoint is begun every half of it."""
+    checkpoints: Literal["full", "sharded"] = "full"
+    """full: the first rank writes whole tensors. sharded: each rank its pieces. Any number of ranks reads both."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     rollbacks: int = 3

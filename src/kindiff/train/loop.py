@@ -73,14 +73,15 @@ def fit(
     model.recompute = config.recompute
     state = State.fresh(model, config, device, run.ranks)
     writer = _tensorboard(run) if config.tensorboard and run.ranks.first else None
-    with Saver(run) as saver, _stop_signals(insistent=run.ranks.count == 1) as stop:
+    sharded = config.checkpoints == "sharded"
+    with Saver(run, sharded=sharded) as saver, _stop_signals(insistent=run.ranks.count == 1) as stop:
         while True:
             first = _resume(state, run, saver)
             try:
                 _train(job, state, saver, stop, writer, first)
                 break
             except BadStepError as bad:
-                saver.wait()
+                saver.settle()
                 run.ranks.on_first(functools.partial(roll_back, run.folder, bad, config))
     trained = state.whole_model(averaged=True).cpu()
     trained.recompute = False
@@ -152,12 +153,13 @@ def _train(job: Job, state: State, saver: Saver, stop: list[int], writer: Any, f
                 saver.save(done, state.tensors(), last=done == config.steps)
             saver.check()
             if stopping and done < config.steps:
-                ranks.on_first(saver.wait)
+                saver.settle()
+                ranks.wait()
                 raise Interrupted(
                     stopping,
                     f"stopped at step {done} of {config.steps}, saved; to resume, run the same command again.",
                 )
-    saver.wait()
+    saver.settle()
 
 
 def _loss_and_gradients(state: State, batch: Batch, loss_function: Loss, config: TrainConfig) -> Tensor:
@@ -212,7 +214,7 @@ def _resume(state: State, run: Run, saver: Saver) -> int:
         return step
     # What a rollback before the first checkpoint goes back to; and a full disk is found before an hour of work.
     saver.save(0, state.tensors())
-    run.ranks.on_first(saver.wait)  # loader processes are forked from here on: not while a thread runs
+    saver.settle()  # loader processes are forked from here on: not while a thread runs
     return 0
 
 

@@ -3,7 +3,8 @@
 run.json                    the config, the data's hash, versions, hardware
 run.lock                    held by the process that trains
 metrics.jsonl               one line every few steps
-checkpoints/step-0000500/   model, ema and optimiser tensors, state.json; the newest two are kept, one at the end
+checkpoints/step-0000500/   model, ema and optimiser tensors (a file each, or a file each and rank), state.json; the
+                            newest two are kept, one at the end
 rollbacks.json, capsules/   steps that were left out because a number was not finite, and why
 model/                      the finished model (EMA weights)
 """
@@ -18,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kindiff import checkpoint, runtime
@@ -32,7 +34,7 @@ GROUPS = {"model", "ema", "optimiser", "log"}
 # The windows that a run has left out are on record (rollbacks.json), so its limit and their length may change.
 FREE = (
     "workers", "save_every", "log_every", "tensorboard", "device", "rollbacks", "skip_window", "parallel",
-    "accumulate", "recompute",
+    "accumulate", "recompute", "checkpoints",
 )  # fmt: skip
 
 LOCK = "run.lock"
@@ -116,21 +118,30 @@ class Run:
         On failure the older ones are still there. BadFileError when the disk gives back other bytes.
         """
         with checkpoint.new_directory(self._place(step), overwrite=True) as folder:
-            files = {}
-            for name, group in sorted(tensors.items()):
-                path = folder / f"{name}.safetensors"
-                hashed = checkpoint.write_tensors(path, group)
-                files[path.name] = {"bytes": path.stat().st_size, "sha256": hashed}
-            state = {"step": step, "files": files}
-            checkpoint.write_json(folder / "state.json", state)
-            for name, facts in files.items():
-                if checkpoint.sha256_on_disk(folder / name) != facts["sha256"]:
-                    raise BadFileError(
-                        f"{folder / name} does not hold what was written to it: the disk or memory is faulty. The "
-                        "checkpoint is not used; earlier ones are whole."
-                    )
-            if checkpoint.read_json(folder / "state.json") != state:
-                raise BadFileError(f"{folder / 'state.json'} does not hold what was written to it.")
+            _write_state(folder, step, _write_groups(folder, tensors))
+        self._retire(step, last=last)
+
+    def save_part(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Write this rank's pieces and read them back; they are no checkpoint before all ranks' are put together."""
+        folder = self._parts(step)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = _write_groups(folder, tensors, self.ranks)
+        checkpoint.write_json(folder / f"files-{self.ranks.rank}.json", files)
+
+    def put_together(self, step: int, *, last: bool = False) -> None:
+        """Make the pieces of all ranks a checkpoint; then drop older ones, as `save` does."""
+        with checkpoint.new_directory(self._place(step), overwrite=True) as folder:
+            files: dict[str, Any] = {}
+            for listing in sorted(self._parts(step).glob("files-*.json")):
+                files |= checkpoint.read_json(listing)
+                listing.unlink()
+            for path in self._parts(step).iterdir():
+                path.rename(folder / path.name)
+            self._parts(step).rmdir()
+            _write_state(folder, step, files)
+        self._retire(step, last=last)
+
+    def _retire(self, step: int, *, last: bool) -> None:
         self._whole = [*(s for s in self._whole if s < step), step][-1 if last else -KEPT :]
         for other in self._places():
             if other not in map(self._place, self._whole):
@@ -176,6 +187,9 @@ class Run:
     def _place(self, step: int) -> Path:
         return self.folder / "checkpoints" / f"step-{step:08d}"
 
+    def _parts(self, step: int) -> Path:
+        return self.folder / "checkpoints" / f".step-{step:08d}.parts.tmp"
+
     def _places(self) -> list[Path]:
         return sorted((self.folder / "checkpoints").glob("step-*"))
 
@@ -185,6 +199,35 @@ def is_finished(folder: str | Path) -> bool:
     return (Path(folder) / "model" / "config.json").is_file()
 
 
+def _file(group: str, rank: int = 0, count: int = 1) -> str:
+    return f"{group}.safetensors" if count == 1 else f"{group}.{rank}-of-{count}.safetensors"
+
+
+def _write_groups(
+    folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], ranks: Ranks = ALONE
+) -> dict[str, Any]:
+    """Write a file a group and read it back; the files' lengths and hashes by name."""
+    files = {}
+    for group in sorted(tensors):
+        path = folder / _file(group, ranks.rank, ranks.count)
+        hashed = checkpoint.write_tensors(path, tensors[group])
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": hashed}
+    for name, facts in files.items():
+        if checkpoint.sha256_on_disk(folder / name) != facts["sha256"]:
+            raise BadFileError(
+                f"{folder / name} does not hold what was written to it: the disk or memory is faulty. The "
+                "checkpoint is not used; earlier ones are whole."
+            )
+    return files
+
+
+def _write_state(folder: Path, step: int, files: dict[str, Any]) -> None:
+    state = {"step": step, "files": files}
+    checkpoint.write_json(folder / "state.json", state)
+    if checkpoint.read_json(folder / "state.json") != state:
+        raise BadFileError(f"{folder / 'state.json'} does not hold what was written to it.")
+
+
 def _read(place: Path) -> tuple[int, dict[str, dict[str, Tensor]]]:
     state = checkpoint.read_json(place / "state.json")
     try:
@@ -192,7 +235,11 @@ def _read(place: Path) -> tuple[int, dict[str, dict[str, Tensor]]]:
         files = {name: (facts["bytes"], facts["sha256"]) for name, facts in state["files"].items()}
     except (KeyError, TypeError, ValueError, AttributeError):
         raise BadFileError(f"{place / 'state.json'} is damaged.") from None
-    if place.name != f"step-{step:08d}" or {Path(name).stem for name in files} != GROUPS:
+    count = max(1, len(files) // len(GROUPS))
+    wanted = {group: [_file(group, rank, count) for rank in range(count)] for group in GROUPS}
+    if place.name != f"step-{step:08d}" or {name for names in wanted.values() for name in names} != set(
+        files
+    ):
         raise BadFileError(f"{place / 'state.json'} is damaged: it is not the description of {place.name}.")
     for name, facts in files.items():
         path = place / name
@@ -200,7 +247,18 @@ def _read(place: Path) -> tuple[int, dict[str, dict[str, Tensor]]]:
             raise BadFileError(f"{path} is missing.")
         if (path.stat().st_size, checkpoint.sha256(path)) != facts:
             raise BadFileError(f"{path} is damaged (its length or hash is not the recorded one).")
-    return step, {Path(name).stem: checkpoint.read_tensors(place / name) for name in files}
+    return step, {
+        group: _joined([checkpoint.read_tensors(place / name) for name in names])
+        for group, names in wanted.items()
+    }
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Whole tensors: the first rank has a piece, or all, of each, and the others' rows follow."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = {name: [part[name] for part in parts if name in part] for name in parts[0]}
+    return {name: torch.cat(some) if len(some) > 1 else some[0] for name, some in rows.items()}
 
 
 def _step_of(line: str) -> int:

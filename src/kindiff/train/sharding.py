@@ -46,12 +46,12 @@ def unshared(module: nn.Module, on: bool) -> contextlib.AbstractContextManager[N
 
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: its rows, or all of it; changes of it are changes of the tensor."""
-    return tensor.to_local() if _sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.to_local() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def first_row(tensor: Tensor) -> int:
     """The number, in the whole tensor, of the first row that this rank holds."""
-    if not _sharded(tensor):
+    if not is_spread(tensor):
         return 0
     mesh = tensor.device_mesh  # type: ignore[attr-defined]
     return min(-(-len(tensor) // mesh.size()) * mesh.get_local_rank(), len(tensor))
@@ -59,12 +59,12 @@ def first_row(tensor: Tensor) -> int:
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole tensor; every rank must ask for it."""
-    return tensor.full_tensor() if _sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.full_tensor() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def as_rows_of(rows: Tensor, bank: Tensor) -> Tensor:
     """This rank's rows as a tensor of as many rows, in all, as a bank has, held as the bank is held."""
-    if not _sharded(bank):
+    if not is_spread(bank):
         return rows
     from torch.distributed.tensor import DTensor
 
@@ -77,7 +77,7 @@ def as_rows_of(rows: Tensor, bank: Tensor) -> Tensor:
 def held_as(tensor: Tensor, other: Tensor) -> Tensor:
     """A whole tensor that every rank has, on another's device and held as that one is held."""
     tensor = tensor.to(other.device)
-    if not _sharded(other):
+    if not is_spread(other):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
@@ -85,5 +85,6 @@ def held_as(tensor: Tensor, other: Tensor) -> Tensor:
     return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
 
 
-def _sharded(tensor: Tensor) -> bool:
+def is_spread(tensor: Tensor) -> bool:
+    """Whether each rank holds a piece of the tensor's rows."""
     return hasattr(tensor, "full_tensor")

@@ -19,7 +19,7 @@ from kindiff.progress import say
 from kindiff.train.ema import Ema
 from kindiff.train.optimiser import Optimiser
 from kindiff.train.run import Run
-from kindiff.train.sharding import held_as, local, spread, whole
+from kindiff.train.sharding import held_as, is_spread, local, spread, whole
 
 
 @dataclass(kw_only=True)
@@ -101,15 +101,18 @@ class Saver:
     """Writes checkpoints in a thread; training waits for a copy of the tensors alone.
 
     A save waits for the one before it. A failure is raised at the next call, or when the block ends. Every rank must
-    call save, for the tensors that are spread over them; the first writes.
+    call save, settle and keep_up at the same steps. The first writes whole tensors; with `sharded` each its pieces,
+    which the first makes a checkpoint when the save is settled.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, *, sharded: bool = False) -> None:
         self.run = run
+        self.sharded = sharded and run.ranks.count > 1
         self.newest = 0
         """Step of the newest whole checkpoint."""
         self.waits: list[float] = []
         """Seconds that training stood still, a number a checkpoint."""
+        self._parts: tuple[int, bool] | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -120,7 +123,7 @@ class Saver:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self.wait()
+            self.settle() if error is None else self.wait()
         except BaseException as failure:
             if error is None:
                 raise
@@ -130,14 +133,16 @@ class Saver:
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], *, last: bool = False) -> None:
         """Copy the tensors and start to write them; `last`: no older checkpoint is kept beside it."""
         began = time.monotonic()
-        self.wait()
-        copies: dict[str, dict[str, Tensor]] = {}
+        self.settle()
+        copies: dict[str, dict[str, Tensor]] = {group: {} for group in tensors}
         for group, some in tensors.items():
             for name, tensor in some.items():
-                one = whole(tensor.detach())
-                if self.run.ranks.first:
-                    copies.setdefault(group, {})[name] = one.to("cpu", copy=True)
-        if not self.run.ranks.first:
+                one = tensor.detach() if self.sharded else whole(tensor.detach())
+                if self.run.ranks.first or is_spread(one):
+                    copies[group][name] = local(one).to("cpu", copy=True)
+        if self.sharded:
+            self._parts = (step, last)
+        elif not self.run.ranks.first:
             return
         self._thread = threading.Thread(
             target=self._write, args=(step, copies, last), name=f"checkpoint {step}"
@@ -148,7 +153,16 @@ class Saver:
     def keep_up(self, done: int, most: int) -> None:
         """Wait for the running save, where a kill during the step after `done` would cost more than `most` steps."""
         if done - self.newest >= most:
-            self.wait()
+            self.settle()
+
+    def settle(self) -> None:
+        """Until the running save has ended and, on every rank, is a checkpoint."""
+        self.wait()
+        if self._parts is not None:
+            (step, last), self._parts = self._parts, None
+            self.run.ranks.wait()
+            self.run.ranks.on_first(lambda: self.run.put_together(step, last=last))
+            self.newest = step
 
     def check(self) -> None:
         """Raise the failure of a save that has ended; does not wait."""
@@ -156,7 +170,7 @@ class Saver:
             self.wait()
 
     def wait(self) -> None:
-        """Until the running save has ended; raises its failure, once."""
+        """Until this rank's running save has ended; raises its failure, once."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -166,7 +180,10 @@ class Saver:
 
     def _write(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], last: bool) -> None:
         try:
-            self.run.save(step, tensors, last=last)
-            self.newest = step
+            if self.sharded:
+                self.run.save_part(step, tensors)
+            else:
+                self.run.save(step, tensors, last=last)
+                self.newest = step
         except BaseException as error:
             self._error = error
