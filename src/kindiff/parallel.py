@@ -148,8 +148,8 @@ ALONE = Ranks()
 def joined() -> Iterator[Ranks]:
     """The ranks that the environment names, connected: gloo between processors, NCCL between GPUs.
 
-    A connection that is there already (of a script that uses accelerate, say) is used and left. RankLost when
-    another rank ends within.
+    A connection that is there already is used and left; it must have gloo for the CPU. RankLost when another rank ends
+    within.
     """
     rank, count = place()
     if count == 1:
@@ -167,7 +167,9 @@ def joined() -> Iterator[Ranks]:
             dist.init_process_group(backend, timeout=PATIENCE)
         yield ranks
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or any(w in str(error) for w in ("gloo", "NCCL", "onnection")):
+        own = hasattr(error, "exit_code")
+        words = ("gloo", "NCCL", "onnection")
+        if not own and (isinstance(error, dist.DistError) or any(word in str(error) for word in words)):
             raise RankLost(
                 "another rank has ended; its message says why. To resume, run the same command again."
             ) from error

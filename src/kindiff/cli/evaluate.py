@@ -84,7 +84,9 @@ def _run(args: Args, ranks: Ranks) -> None:
         raise UsageError(f"feature_batch is {args.feature_batch}; it must be at least 1.")
     earlier = read_score(args.compare) if args.compare else None
     features = _features(args)
-    samples = open_samples(args.samples, count=args.count, classes=args.classes, sampling=args.recipe)
+    samples = ranks.in_turn(
+        lambda: open_samples(args.samples, count=args.count, classes=args.classes, sampling=args.recipe)
+    )
     with _progress("reference") as progress:
         reference = ranks.in_turn(
             lambda: open_reference(

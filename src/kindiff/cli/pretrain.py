@@ -31,7 +31,7 @@ def run(args: Args) -> None:
     from kindiff.train.plan import pretrain_plan
 
     if args.dry_run:
-        print(pretrain_plan(args.recipe))
+        show(pretrain_plan(args.recipe))
         return
     pretrain(args.recipe, args.out)
     show(args.out / "model")
