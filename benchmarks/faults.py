@@ -148,14 +148,12 @@ class Place:
         self.seconds = time.monotonic() - began
         self.wanted = result(folder / "reference")
 
-    @functools.cached_property
-    def wanted_of_two(self) -> dict[str, Any]:
+    @functools.cache  # noqa: B019
+    def wanted_of_two(self, parallel: str) -> dict[str, Any]:
         """The uninterrupted run of two ranks."""
-        out = self.folder / "reference-of-two"
+        out = self.folder / f"reference-{parallel}"
         shutil.rmtree(out, ignore_errors=True)
-        began = time.monotonic()
-        assert self.go_two(out) == [0, 0], self.log()
-        self.seconds_of_two = time.monotonic() - began
+        assert self.go_two(out, parallel=parallel) == [0, 0], self.log()
         return result(out)
 
     def start_two(
@@ -195,12 +193,12 @@ class Place:
         return out
 
     def resume(
-        self, out: Path, counts: dict[str, Any], *, most: int = SAVE_EVERY, two: bool = False, **train: object
+        self, out: Path, counts: dict[str, Any], *, most: int = SAVE_EVERY, two: str = "", **train: object
     ) -> Failure:
         """Start the same command again; '' when it repeats at most `most` steps and ends as the uninterrupted run."""
-        wanted = self.wanted_of_two if two else self.wanted
+        wanted = self.wanted_of_two(two) if two else self.wanted
         done = _last_step(out)
-        if any(codes := self.go_two(out, **train) if two else [self.go(out, **train)]):
+        if any(codes := self.go_two(out, parallel=two) if two else [self.go(out, **train)]):
             return f"exit codes {codes}: {self.log()[-300:]}"
         words = self.log().partition("resuming at step ")[2].split()
         if not (out / "model").exists() or "finished already" not in self.log():
@@ -798,18 +796,21 @@ def soak(place: Place, short: bool) -> Iterator[Case]:
 
 
 def two_ranks_killed(place: Place, short: bool) -> Iterator[Case]:
-    """SIGKILL of the first, the second or both of two ranks: at random times, and in the first one's saver."""
+    """SIGKILL of the first, the second or both of two ranks: after random steps, and in the first one's saver."""
 
     def case(i: int, how: str, counts: dict[str, Any]) -> Failure:
-        assert place.wanted_of_two  # and seconds_of_two
         out, who = place.fresh(), ((0,), (1,), (0, 1))[i % 3]
+        random = np.random.default_rng([9, i])
+        step = int(random.integers(0, STEPS - 3))
         pids = place.start_two(out, parallel=how)
-        time.sleep(np.random.default_rng([9, i]).uniform(0.2, 1) * place.seconds_of_two)
+        while _last_step(out) < step and os.waitpid(pids[0], os.WNOHANG) == (0, 0):
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.03))
         for rank in who:
             os.kill(pids[rank], signal.SIGKILL)
         codes = [finish(pid) for pid in pids]  # the other one ends by itself
         _count(counts, "killed_before_the_end", any(codes[rank] == -signal.SIGKILL for rank in who))
-        return place.resume(out, counts, two=True, parallel=how)
+        return place.resume(out, counts, two=how)
 
     def in_the_saver(number: int, counts: dict[str, Any]) -> Failure:
         out = place.fresh()
@@ -822,9 +823,9 @@ def two_ranks_killed(place: Place, short: bool) -> Iterator[Case]:
         if codes[0] != -signal.SIGKILL:
             return f"exit codes {codes}"
         _count(counts, "killed_in_the_saver")
-        return place.resume(out, counts, two=True)
+        return place.resume(out, counts, two="ddp")
 
-    for i in range(1 if short else 9):
+    for i in range(1 if short else 16):
         yield functools.partial(case, i + short, "fsdp" if i % 4 == 3 else "ddp")
     for number in (120,) if short else (0, 60, 120, 180, 240):
         yield functools.partial(in_the_saver, number)
