@@ -831,6 +831,27 @@ def two_ranks_killed(place: Place, short: bool) -> Iterator[Case]:
         yield functools.partial(in_the_saver, number)
 
 
+def two_ranks_stopped(place: Place, short: bool) -> Iterator[Case]:
+    """SIGTERM and SIGINT to one of two ranks, or to both: both end after the same step, with 143 or 130."""
+
+    def case(i: int, counts: dict[str, Any]) -> Failure:
+        out, signum = place.fresh(), (signal.SIGTERM, signal.SIGINT)[i % 2]
+        pids = place.start_two(out)
+        while _last_step(out) < 1 + 5 * i:
+            time.sleep(0.001)
+        for rank in ((1,), (0,), (0, 1))[i % 3]:
+            os.kill(pids[rank], signum)
+        codes, done = [finish(pid) for pid in pids], _last_step(out)
+        if codes != [128 + signum] * 2:
+            return f"exit codes {codes}: {place.log()[-300:]}"
+        if (newest := max((out / "checkpoints").iterdir()).name) != f"step-{done:08d}":
+            return f"step {done} was done and {newest} is the newest"
+        return place.resume(out, counts, two="ddp")
+
+    for i in range(1 if short else 6):
+        yield functools.partial(case, i)
+
+
 def two_ranks_not_finite(place: Place, short: bool) -> Iterator[Case]:
     """NaN on one of two ranks: neither steps; the end is that of two ranks that left the window out."""
 
@@ -895,7 +916,8 @@ def fuzz(place: Place, short: bool) -> Iterator[Case]:
 
 PARTS = (
     kill_random, kill_operations, slow_writes, full_operations, stop_signals, other_workers, damage, small_disk,
-    not_finite, broken_images, soak, fuzz, two_ranks_killed, two_ranks_not_finite,
+    not_finite, broken_images, soak, fuzz, two_ranks_killed, two_ranks_stopped,
+    two_ranks_not_finite,
 )  # fmt: skip
 
 

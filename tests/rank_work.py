@@ -13,14 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from kindiff.cli.main import main
 from kindiff.components import decompose, save_components
-from kindiff.config import DataConfig, PretrainConfig, TransferConfig
+from kindiff.config import DataConfig, PretrainConfig, SampleConfig, TransferConfig
 from kindiff.data import open_prepared
 from kindiff.data.batches import Batch
+from kindiff.evaluate import store
+from kindiff.evaluate.features import CallableFeatures
+from kindiff.evaluate.generated import GeneratedImages
 from kindiff.parallel import ALONE, Ranks, joined
 from kindiff.pipeline import DiTPipeline
 from kindiff.train import Interrupted, loop, pretrain, transfer
@@ -180,6 +184,20 @@ def work(folder: Path, ranks: Ranks) -> None:
     options = ["--per-class", "3", "--steps", "3", "--batch", "5", "--device", "cpu"]
     for target in ("images-two", "grid-two.png"):
         assert main(["sample", model, str(folder / target), *options]) == 0
+    features_of_samples(folder, folder / "features-two", ranks)
+
+
+def features_of_samples(folder: Path, target: Path, ranks: Ranks) -> np.ndarray:
+    """Mean colours of samples drawn while they are evaluated, in shards of five; each rank computes some."""
+    images = GeneratedImages(folder / "ddp-whole" / "model", 12, SampleConfig(steps=2, batch=4, device="cpu"))
+    network = CallableFeatures(
+        name="colours", function=lambda x: {"pool": x.mean((1, 2), dtype=np.float32)}, version="1"
+    )
+    usual, store.SHARD = store.SHARD, 5
+    try:
+        return store.compute(images, network, target, batch=4, ranks=ranks).rows("pool")
+    finally:
+        store.SHARD = usual
 
 
 def transfer_config(folder: Path) -> TransferConfig:

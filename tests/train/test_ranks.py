@@ -165,6 +165,16 @@ def test_a_sample_folder_does_not_depend_on_the_ranks(folder: Path) -> None:
     assert (folder / "grid-one.png").read_bytes() == (folder / "grid-two.png").read_bytes()
 
 
+def test_features_do_not_depend_on_the_ranks(folder: Path) -> None:
+    one = rank_work.features_of_samples(folder, folder / "features-one", ALONE)
+    assert one.shape == (12, 3)
+    names = sorted(p.name for p in (folder / "features-one").iterdir())
+    assert names == sorted(p.name for p in (folder / "features-two").iterdir())
+    assert len(names) == 4
+    for name in names:
+        assert (folder / "features-one" / name).read_bytes() == (folder / "features-two" / name).read_bytes()
+
+
 def test_one_rank_killed_and_resumed_by_the_same_command(folder: Path, tmp_path: Path) -> None:
     """torchrun, the second rank dies by SIGKILL; the same command again ends as two ranks that were left alone."""
     shapes, run = folder / "shapes", tmp_path / "run"
