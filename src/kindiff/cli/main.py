@@ -18,6 +18,7 @@ from typing import Any
 
 from kindiff.classes import nearest
 from kindiff.errors import UsageError
+from kindiff.parallel import place
 
 COMMANDS = {
     "demo": "pre-train, decompose, recombine, transfer and sample on drawn avatars; ends with a page to look at",
@@ -148,7 +149,8 @@ def _sentence(error: OSError) -> str:
 
 
 def _fail(sentence: str, code: int) -> int:
-    print(f"kindiff: {sentence}", file=sys.stderr)
+    rank = place()[0]
+    print(f"kindiff{f' (rank {rank})' if rank else ''}: {sentence}", file=sys.stderr)
     return code
 
 

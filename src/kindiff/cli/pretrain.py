@@ -26,11 +26,12 @@ class Args:
 
 def run(args: Args) -> None:
     """Train, or print the plan."""
+    from kindiff.progress import show
     from kindiff.train import pretrain
     from kindiff.train.plan import pretrain_plan
 
     if args.dry_run:
-        print(pretrain_plan(args.recipe))
+        show(pretrain_plan(args.recipe))
         return
     pretrain(args.recipe, args.out)
-    print(args.out / "model")
+    show(args.out / "model")

@@ -26,7 +26,8 @@ class Args:
 
 def run(args: Args) -> None:
     """Train the tailors."""
+    from kindiff.progress import show
     from kindiff.train import transfer
 
     transfer(args.parts, args.recipe, args.out)
-    print(args.out / "model")
+    show(args.out / "model")

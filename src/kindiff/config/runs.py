@@ -69,7 +69,13 @@ class TrainConfig:
     steps: int = 2000
     """Optimiser steps."""
     batch: int = 64
-    """Images a step."""
+    """Images a step, over all ranks."""
+    accumulate: int = 1
+    """Parts of a rank's images that go through the model one after the other, for less memory."""
+    recompute: bool = False
+    """Compute the blocks' activations again in the backward pass instead of keeping them, for less memory."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun. ddp: every rank holds the whole model. fsdp: a piece of every tensor (FSDP2)."""
     lr: float = 1e-3
     """Peak learning rate of the dense parameters and the learngenes."""
     tailor_lr: float = 0.0
@@ -91,7 +97,9 @@ class TrainConfig:
     workers: int = 0
     """Loader processes; results do not depend on it."""
     save_every: int = 500
-    """Steps between checkpoints."""
+    """Most steps that a kill can cost; a checkpoint is begun every half of it."""
+    checkpoints: Literal["full", "sharded"] = "full"
+    """full: the first rank writes whole tensors. sharded: each rank its pieces. Any number of ranks reads both."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     rollbacks: int = 3
@@ -104,9 +112,13 @@ class TrainConfig:
     """Write TensorBoard events too (extra: tensorboard)."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "save_every", "log_every"):
+        for name in ("steps", "batch", "accumulate", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.batch % self.accumulate:
+            raise UsageError(
+                f"a batch of {self.batch} does not divide into {self.accumulate} parts; make it a multiple."
+            )
         if self.rollbacks < 0 or self.skip_window < 1:
             raise UsageError(
                 f"rollbacks is {self.rollbacks} and skip_window is {self.skip_window}; they are 0 or more, 1 or more."
