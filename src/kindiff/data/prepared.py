@@ -82,8 +82,10 @@ class ImageSet:
         x_BHWC = self._stored[self.rows[indices]]
         flips = np.asarray(flips, dtype=bool)
         x_BHWC[flips] = x_BHWC[flips, :, ::-1]
-        x_BCHW = np.ascontiguousarray(x_BHWC.transpose(0, 3, 1, 2), dtype=np.float32)
-        return x_BCHW / np.float32(127.5) - np.float32(1)
+        return as_input(x_BHWC)
+
+    def deviations(self, indices: np.ndarray, flips: np.ndarray) -> None:
+        return None
 
     def select(self, classes: Iterable[str] = (), *, per_class: int = 0, first: int = 0) -> ImageSet:
         """Some of the images: these classes in this order (empty: all), of each the images
@@ -113,6 +115,12 @@ class ImageSet:
             size=self.size, sha256=content_hash(self.size, names, counts, hashes), class_sha256=tuple(hashes),
             skipped=self.skipped,
         )  # fmt: skip
+
+
+def as_input(x_BHWC: np.ndarray) -> np.ndarray:
+    """uint8 images (B, H, W, 3) as models take them: (B, 3, H, W) float32 in [-1, 1]."""
+    x_BCHW = np.ascontiguousarray(x_BHWC.transpose(0, 3, 1, 2), dtype=np.float32)
+    return x_BCHW / np.float32(127.5) - np.float32(1)
 
 
 def write_prepared(
@@ -192,7 +200,7 @@ def open_prepared(path: Path, *, verify: bool = True) -> ImageSet:
         raise BadFileError(
             f"{file} holds {stored.dtype} {stored.shape}, not uint8 {shape} as its manifest says."
         )
-    if verify and _hash_once(file, stat.st_size, stat.st_mtime_ns, stat.st_ino) != manifest.images_sha256:
+    if verify and hash_once(file, stat.st_size, stat.st_mtime_ns, stat.st_ino) != manifest.images_sha256:
         raise BadFileError(
             f"{file} has another SHA-256 than its manifest says; it is damaged. Delete {path} and prepare "
             "the set again."
@@ -216,8 +224,9 @@ def _hash_file(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-@functools.lru_cache(maxsize=256)
-def _hash_once(file: Path, _bytes: int, _mtime_ns: int, _inode: int) -> str:
+@functools.lru_cache(maxsize=65536)
+def hash_once(file: Path, _bytes: int, _mtime_ns: int, _inode: int) -> str:
+    """SHA-256 of a file, read once per process as long as its length, time of change and inode are the same."""
     return _hash_file(file)
 
 
