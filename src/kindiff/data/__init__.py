@@ -27,6 +27,8 @@ def open_samples(config: DataConfig) -> SampleSet:
         return open_merged(config, open_samples)  # type: ignore[type-var]
     path = Path(config.source).expanduser()
     if not is_latents(path):
+        if config.latent_shape and not path.exists():
+            raise FileNotFoundError(f"latents {path} do not exist; make them with `kindiff encode`.")
         if config.latent_shape:
             raise UsageError(
                 f"{config.source} holds images and latent_shape asks for latents; encode them first (`kindiff encode`)."

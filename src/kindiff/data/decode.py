@@ -47,7 +47,7 @@ def _checked(path: Path, size: int) -> tuple[str, str]:
 
 
 def decode(path: Path | BinaryIO, size: int) -> np.ndarray:
-    """The picture in a file (or its bytes) (H, W, 3) uint8 with H = W = size: upright, RGB over white, shorter side scaled to `size`
+    """The picture (H, W, 3) uint8 with H = W = size: upright, RGB over white, shorter side scaled to `size`
     (antialiased), centre kept. Raises UnreadableError."""
     from PIL import Image, ImageOps
 

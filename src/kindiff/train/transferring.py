@@ -33,7 +33,7 @@ def transfer(parts_directory: str | Path, config: TransferConfig, out: str | Pat
     """
     samples = open_samples(config.data)
     parts = load_components(parts_directory, classes=None if config.init == "nearest" else ())
-    _check_fit(parts, samples)
+    check_fit(parts, samples)
     description = {
         "command": "transfer",
         "config": to_dict(config),
@@ -41,7 +41,7 @@ def transfer(parts_directory: str | Path, config: TransferConfig, out: str | Pat
         "learngenes": parts.learngene_hash,
     }
     # The model before the run's directory: a request that cannot be met leaves nothing behind.
-    model = None if is_finished(out) else _model_to_train(parts, samples, config)
+    model = None if is_finished(out) else model_to_train(parts, samples, config)
     run = Run(Path(out), description)
     if model is None:
         say(f"{run.folder} is finished already")
@@ -53,7 +53,8 @@ def transfer(parts_directory: str | Path, config: TransferConfig, out: str | Pat
     return DiTPipeline.from_pretrained(run.model)
 
 
-def _model_to_train(parts: Components, samples: SampleSet, config: TransferConfig) -> DiT:
+def model_to_train(parts: Components, samples: SampleSet, config: TransferConfig) -> DiT:
+    """The parts' learngenes with fresh tailors for the samples' classes, as the config asks for them."""
     nearest = nearest_classes(parts, samples, seed=config.train.seed) if config.init == "nearest" else None
     return parts.with_new_tailors(
         samples.classes.names,
@@ -97,7 +98,8 @@ def _predict(model: DiT, ids_B: torch.Tensor, x: torch.Tensor, t_B: torch.Tensor
     return model(x, t_B, ids_B)
 
 
-def _check_fit(parts: Components, samples: SampleSet) -> None:
+def check_fit(parts: Components, samples: SampleSet) -> None:
+    """UsageError unless the samples are of the shape and the autoencoder that the parts were trained on."""
     wanted = (parts.config.input_size, parts.config.channels, parts.config.autoencoder)
     if (samples.size, samples.channels, samples.autoencoder_hash) != wanted:
         raise UsageError(
