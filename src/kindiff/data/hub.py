@@ -25,6 +25,8 @@ from kindiff.runtime import cache_folder
 PREFIX = "hf:"
 _SAVED = ("dataset_info.json", "dataset_dict.json")
 _PIECE = 64
+FEW = 512
+"""Up to so many images are decoded in this process."""
 
 
 def is_hub(source: str) -> bool:
@@ -150,7 +152,8 @@ def _decode(target: Path, source: Source, strict: bool) -> None:
     def chunks() -> Any:
         tasks = [source.piece(start, stop) for _, start, stop in starts]
         with Track(f"decoding {source.where}", len(source), unit="images") as track:
-            read = ordered_map("kindiff.data.sources:read_piece", tasks)
+            workers = 1 if len(source) <= FEW else 0  # starting others takes longer
+            read = ordered_map("kindiff.data.sources:read_piece", tasks, workers=workers)
             for (name, start, stop), (faults, pixels) in zip(starts, read, strict=True):
                 skipped.extend(Skipped(f"row {item}", reason) for _, item, reason in faults)
                 if faults and strict:

@@ -68,8 +68,8 @@ class LatentManifest:
     skipped: tuple[Skipped, ...]
     config: dict
     """The settings of `kindiff encode`."""
-    sha256: str
-    """Of classes, counts, shards and autoencoder: equal for equal content."""
+    sha256: str = ""
+    """Of classes, counts, shape, shards and autoencoder: equal for equal content; empty to be filled in."""
 
     def __post_init__(self) -> None:
         ClassSet(tuple(entry.name for entry in self.classes))
@@ -83,15 +83,22 @@ class LatentManifest:
         counted, held = sum(e.count for e in self.classes), sum(s.rows for s in self.shards)
         if counted != held:
             raise UsageError(f"its classes count {counted} samples and its shards hold {held}.")
-        if self.sha256 != content_hash(self.classes, self.shards, self.autoencoder.sha256):
-            raise UsageError("its sha256 does not follow from its classes and shards.")
+        if not self.sha256:
+            object.__setattr__(self, "sha256", self.content_hash())
+        if self.sha256 != self.content_hash():
+            raise UsageError("its sha256 does not follow from the rest of it.")
 
     @staticmethod
     def read(directory: Path) -> LatentManifest:
-        """The manifest of a directory; FileNotFoundError without one, BadFileError for a wrong one."""
+        """The manifest of a directory; UsageError for a half-encoded one, FileNotFoundError without any, BadFileError
+        for a wrong one."""
         from kindiff.checkpoint import read_json
 
         file = directory / MANIFEST
+        if not file.is_file() and (directory / HALF).is_file():
+            raise UsageError(
+                f"{directory} is half encoded; run the same `kindiff encode` command again, it goes on where it was."
+            )
         if not file.is_file():
             raise FileNotFoundError(f"{directory} holds no latents: it has no {MANIFEST}.")
         values = read_json(file)
@@ -102,15 +109,16 @@ class LatentManifest:
         except UsageError as error:
             raise BadFileError(f"{file} is damaged: {error}") from None
 
+    def content_hash(self) -> str:
+        """SHA-256 of what the latents are."""
+        classes = [[entry.name, entry.count] for entry in self.classes]
+        shape = [self.channels, self.side, self.dtype]
+        content = [classes, shape, [shard.sha256 for shard in self.shards], self.autoencoder.sha256]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
     def to_json(self) -> dict[str, Any]:
         """Plain values for `manifest.json`."""
         return to_dict(self)
-
-
-def content_hash(classes: tuple[ClassCount, ...], shards: tuple[Shard, ...], autoencoder: str) -> str:
-    """SHA-256 of what the latents are."""
-    content = [[[e.name, e.count] for e in classes], [s.sha256 for s in shards], autoencoder]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def shard_file(number: int) -> str:

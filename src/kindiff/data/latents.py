@@ -19,7 +19,7 @@ from kindiff.classes import ClassSet
 from kindiff.data.latent_manifest import HALF, LatentManifest, Shard, shard_file
 from kindiff.data.manifest import MANIFEST
 from kindiff.data.prepared import hash_once
-from kindiff.errors import BadFileError, UsageError
+from kindiff.errors import BadFileError
 from kindiff.progress import Track
 
 if TYPE_CHECKING:
@@ -98,10 +98,6 @@ class LatentSet:
         see VERIFIED). UsageError for half-encoded ones, BadFileError names what is damaged.
         """
         path = Path(path).absolute()
-        if not (path / MANIFEST).is_file() and (path / HALF).is_file():
-            raise UsageError(
-                f"{path} is half encoded; run the same `kindiff encode` command again, it goes on where it was."
-            )
         manifest = LatentManifest.read(path)
         for number, shard in enumerate(manifest.shards):
             _check_length(path / shard_file(number), shard)

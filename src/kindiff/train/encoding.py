@@ -11,6 +11,7 @@ import functools
 import hashlib
 import io
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,6 @@ from kindiff.data.latent_manifest import (
     CodecFacts,
     LatentManifest,
     Shard,
-    content_hash,
     shard_file,
 )
 from kindiff.data.latents import LatentSet
@@ -281,7 +281,6 @@ def _manifest(
         dtype=settings["dtype"], autoencoder=facts,
         images=hashlib.sha256("".join(r["pixels"] for r in records).encode()).hexdigest(),
         skipped=tuple(Skipped(name, reason) for r in records for name, reason in r["skipped"]), config=settings,
-        sha256=content_hash(classes, shards, facts.sha256),
     )  # fmt: skip
 
 
@@ -289,5 +288,6 @@ def _clean(out: Path) -> None:
     """Remove what a whole directory has no need of: records, and what only a killed process leaves."""
     for path in [*out.glob("shard-*.npy.json"), *out.glob(".*.tmp"), out / HALF]:
         if path.is_dir():
-            continue
-        path.unlink(missing_ok=True)
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -150,10 +150,10 @@ def expected(data: DataConfig) -> Expected:
     except FileNotFoundError as missing:
         channels, size = data.latent_shape or (3, data.size)
         names = data.classes or (read_grouping(data.groups).split(data.split) if data.groups else ())
-        count = f"{len(names)} classes" if names else "one class, for want of names"
+        count = f"{len(names)} classes" if names else "one class (the recipe names none)"
         return Expected(
             samples=None, classes=ClassSet(tuple(names)) if names else numbered(1), channels=channels, size=size,
-            autoencoder="", note=f"missing ({missing}) Planned for {count} of {channels} x {size} x {size}",
+            autoencoder="", note=f"missing ({missing}) Planned for {channels} x {size} x {size} and {count}",
         )  # fmt: skip
     kind = "latents" if samples.autoencoder_hash else "images"
     note = (
@@ -258,8 +258,8 @@ def _time(
     found = measure(to_measure(device), samples, objective, config, flip=flip, images=images)
     step = found.step(config.batch, config.workers)
     return (
-        f"{step:.3g} s a step, about {_duration(step * config.steps)} in all (median of {STEPS} steps of {images} images "
-        f"on {device}: loading {found.loading:.3g} s, passes {found.passes:.3g} s, update {found.update:.3g} s)"
+        f"{step:.3g} s a step, about {_duration(step * config.steps)} in all (median of {STEPS} steps of {images} "
+        f"images on {device}: loading {found.loading:.3g} s, passes {found.passes:.3g} s, update {found.update:.3g} s)"
     )
 
 
