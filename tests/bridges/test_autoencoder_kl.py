@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from kindiff import checkpoint
+from kindiff.bridges.diffusers_pipeline import export_pipeline
 from kindiff.cli.main import main
 from kindiff.config import AutoencoderConfig, DataConfig, DiTConfig, EncodeConfig, SampleConfig
 from kindiff.errors import BadFileError, UsageError
@@ -155,10 +156,30 @@ def test_damaged_and_foreign_folders_are_named(vae: Path, tmp_path: Path) -> Non
         AutoencoderKL.from_pretrained(tmp_path / "nowhere")
 
 
+def test_a_pipeline_folder_takes_the_models_own(diffusers, vae: Path, tmp_path: Path, capsys) -> None:
+    codec = open_codec(vae)
+    config = DiTConfig(
+        input_size=4, channels=4, num_classes=2, width=32, depth=1, heads=2, patch=2, objective="epsilon",
+        autoencoder=codec.fingerprint(), time_features="diffusers",
+    )  # fmt: skip
+    model = noisy_dit(config)
+    DiTPipeline(model, codec).save_pretrained(tmp_path / "model")
+    run("convert", tmp_path / "model", tmp_path / "pipe", "--from", "kindiff", "--to", "pipeline")
+    exported = diffusers.AutoencoderKL.from_pretrained(tmp_path / "pipe" / "vae")
+    assert AutoencoderKL(exported).fingerprint() == codec.fingerprint()
+    shifted = random_vae(diffusers, tmp_path / "shifted", shift_factor=0.1)
+    with pytest.raises(UsageError, match="has a shift_factor, which diffusers' DiT pipeline ignores"):
+        export_pipeline(model, shifted, tmp_path / "out")
+    scaled = random_vae(diffusers, tmp_path / "scaled", scaling_factor=0.5)
+    with pytest.raises(UsageError, match="scaled is not the autoencoder whose latents"):
+        export_pipeline(model, scaled, tmp_path / "out")
+
+
 def run(*arguments: object) -> None:
     assert main([str(argument) for argument in arguments]) == 0, arguments
 
 
+@pytest.mark.slow
 def test_encode_pretrain_transfer_sample_evaluate(vae: Path, tmp_path: Path, capsys) -> None:
     """The whole story on an image folder, through AutoencoderKL's own graph (narrow) with random weights."""
     for name, shapes in (("base", SHAPES), ("novel", NEW_SHAPES)):
