@@ -233,6 +233,17 @@ def test_images_that_do_not_fit_the_autoencoder(tmp_path: Path, codec: Path, pho
         encode(config, tmp_path / "latents")
 
 
+def test_classes_are_called_otherwise_by_number(tmp_path: Path, codec: Path, photos: Path) -> None:
+    (tmp_path / "names.txt").write_text("n1\nn2\nn3\nn4\n")
+    latents = encode(settings(photos, codec, names=str(tmp_path / "names.txt")), tmp_path / "latents")
+    plain = encode(settings(photos, codec), tmp_path / "plain")
+    assert latents.classes.names == ("n1", "n2", "n3", "n4")
+    assert np.array_equal(latents.labels, plain.labels)
+    with pytest.raises(UsageError, match=r"names imagenet has 1000 classes and .*photos 4; give as many"):
+        encode(settings(photos, codec, names="imagenet"), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_unreadable_images_are_skipped_and_listed_or_stop_it(
     tmp_path: Path, codec: Path, photos: Path
 ) -> None:

@@ -154,17 +154,6 @@ def _check(args: Args) -> None:
 
 
 def _names(args: Args) -> ClassSet | None:
-    from kindiff.classes import ClassSet
+    from kindiff.data.hierarchy import read_names
 
-    if not args.names:
-        return None
-    if args.names == "imagenet":
-        from kindiff.data.hierarchy import imagenet
-
-        return ClassSet(imagenet().classes)
-    path = Path(args.names)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"names {path} do not exist; give a text file, one class a line, or imagenet."
-        )
-    return ClassSet(tuple(line.strip() for line in path.read_text().splitlines() if line.strip()))
+    return read_names(args.names) if args.names else None

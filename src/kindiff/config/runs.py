@@ -149,6 +149,9 @@ class EncodeConfig:
     """Images to latents, with an autoencoder that is there or trained first."""
 
     data: DataConfig = field(default_factory=lambda: DataConfig(size=64))
+    names: str = ""
+    """Other names for the classes, by number: imagenet (its folder names, which groups need) or a text file, one a
+    line."""
     autoencoder: str = ""
     """The autoencoder: a directory of ours, a diffusers folder (AutoencoderKL, or a pipeline with one) or a name on
     the hub such as stabilityai/sd-vae-ft-ema; empty to train a small one on these images."""

@@ -5,6 +5,7 @@ N images of the source, n of a piece, H W height and width.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import io
@@ -21,6 +22,7 @@ from kindiff.config import DataConfig
 from kindiff.data.decode import UnreadableError, decode
 from kindiff.data.manifest import MANIFEST
 from kindiff.data.prepared import ImageSet, open_prepared
+from kindiff.errors import UsageError
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +84,19 @@ def open_source(config: DataConfig) -> Source:
         classes=images.classes, labels=images.labels, size=images.size, identity=images.sha256, reader="rows",
         where=str(images.path), items=images.rows,
     )  # fmt: skip
+
+
+def renamed(source: Source, names: str) -> Source:
+    """The same images, their classes called otherwise (see read_names; empty: as they are). UsageError when the
+    counts differ."""
+    from kindiff.data.hierarchy import read_names
+
+    classes = read_names(names) if names else source.classes
+    if len(classes) != len(source.classes):
+        raise UsageError(
+            f"names {names} has {len(classes)} classes and {source.where} {len(source.classes)}; give as many."
+        )
+    return dataclasses.replace(source, classes=classes)
 
 
 def labelled(counts: Sequence[int]) -> np.ndarray:

@@ -34,7 +34,7 @@ from kindiff.data.latent_manifest import (
 from kindiff.data.latents import LatentSet
 from kindiff.data.manifest import MANIFEST, Skipped
 from kindiff.data.prepared import as_input
-from kindiff.data.sources import Source, open_source, read_piece
+from kindiff.data.sources import Source, open_source, read_piece, renamed
 from kindiff.data.workers import ordered_map, usable_cores
 from kindiff.errors import BadFileError, UsageError
 from kindiff.models.autoencoder_kl import AutoencoderKL
@@ -63,7 +63,7 @@ def encode(config: EncodeConfig, out: str | Path) -> LatentSet:
         time.sleep(0.2)  # the first rank begins
     if (out / MANIFEST).is_file():
         return _whole(config, out, settings, rank)
-    source = open_source(config.data)
+    source = renamed(open_source(config.data), config.names)
     _begin(out, settings | {"images": source.identity})
     codec = _codec(config, out, rank)
     codec.latent_side(source.size)
