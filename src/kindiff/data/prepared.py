@@ -61,17 +61,18 @@ class ImageSet:
         return len(self.rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_stored"}
+        return {key: value for key, value in self.__dict__.items() if key != "stored"}
 
     @functools.cached_property
-    def _stored(self) -> np.ndarray:
+    def stored(self) -> np.ndarray:
+        """The whole prepared set, mapped into memory; `rows` are the images of this selection."""
         return np.load(self.path / IMAGES, mmap_mode="r", allow_pickle=False)
 
     @property
     def images(self) -> np.ndarray:
         """(N, H, W, 3) uint8: the memory map itself when everything is selected, else a copy of the rows."""
-        whole = len(self.rows) == len(self._stored) and np.array_equal(self.rows, np.arange(len(self.rows)))
-        return self._stored if whole else self._stored[self.rows]
+        whole = len(self.rows) == len(self.stored) and np.array_equal(self.rows, np.arange(len(self.rows)))
+        return self.stored if whole else self.stored[self.rows]
 
     def counts(self) -> list[int]:
         """Images of each class."""
@@ -79,7 +80,7 @@ class ImageSet:
 
     def fetch(self, indices: np.ndarray, flips: np.ndarray) -> np.ndarray:
         """Images (B, 3, H, W) float32 in [-1, 1] at `indices` (B,), mirrored where `flips` (B,) is true."""
-        x_BHWC = self._stored[self.rows[indices]]
+        x_BHWC = self.stored[self.rows[indices]]
         flips = np.asarray(flips, dtype=bool)
         x_BHWC[flips] = x_BHWC[flips, :, ::-1]
         return as_input(x_BHWC)
@@ -108,7 +109,7 @@ class ImageSet:
             labels.append(np.full(len(chosen), new_id, dtype=np.int64))
             rows.append(chosen)
             all_of_it = len(chosen) == len(of_class)
-            hashes.append(self.class_sha256[old_id] if all_of_it else _hash_rows(self._stored, chosen))
+            hashes.append(self.class_sha256[old_id] if all_of_it else _hash_rows(self.stored, chosen))
         counts = [len(r) for r in rows]
         return ImageSet(
             path=self.path, classes=ClassSet(names), labels=np.concatenate(labels), rows=np.concatenate(rows),
