@@ -130,9 +130,7 @@ def _opened(reader: str, where: str, item: Any) -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _rows(where: str) -> np.ndarray:
-    return np.load(
-        open_prepared(Path(where), verify=False).path / "images.npy", mmap_mode="r", allow_pickle=False
-    )
+    return open_prepared(Path(where), verify=False).stored
 
 
 def _plain(item: Any) -> Any:

@@ -21,10 +21,11 @@ PER_CLASS = 50
 
 
 def from_set(images: ImageSet, name: str) -> ArrayImages:
-    """A labelled set as images to evaluate, or to make a reference of."""
+    """A labelled set as images to evaluate, or to make a reference of; they are read as they are needed."""
     return ArrayImages(
-        name=name, array=images.images, sha256=images.sha256, labels=images.labels, classes=images.classes
-    )
+        name=name, array=images.stored, rows=images.rows, sha256=images.sha256, labels=images.labels,
+        classes=images.classes,
+    )  # fmt: skip
 
 
 def open_samples(
