@@ -21,7 +21,7 @@ from kindiff.errors import UsageError
 
 COMMANDS = {
     "demo": "pre-train, decompose, recombine, transfer and sample on drawn avatars; ends with a page to look at",
-    "encode": "turn images into latents, with a small autoencoder that is trained first or with diffusers' AutoencoderKL",
+    "encode": "turn images into latents, with a small autoencoder (trained first) or diffusers' AutoencoderKL",
     "data": "check a folder of images: what cannot be read or stands twice goes on a list and is left out",
     "pretrain": "pre-train a decomposable diffusion transformer on images",
     "decompose": "take a model apart: learngenes and one tailor file per class",
