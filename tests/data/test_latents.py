@@ -231,6 +231,9 @@ def test_images_that_do_not_fit_the_autoencoder(tmp_path: Path, codec: Path, pho
     config = settings(photos, codec, data=DataConfig(source=str(photos), size=18))
     with pytest.raises(UsageError, match="side 18 cannot be encoded; the side must be a multiple of 4"):
         encode(config, tmp_path / "latents")
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        encode(settings(photos, tmp_path / "nowhere"), tmp_path / "latents")
+    assert not (tmp_path / "latents").exists(), "what cannot be done leaves nothing behind"
 
 
 def test_classes_are_called_otherwise_by_number(tmp_path: Path, codec: Path, photos: Path) -> None:

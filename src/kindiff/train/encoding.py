@@ -57,16 +57,21 @@ def encode(config: EncodeConfig, out: str | Path) -> LatentSet:
     image where data.strict is set; unreadable images are skipped and listed in the manifest otherwise.
     """
     out = Path(out).absolute()
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0")) if ranks > 1 else 0
     settings = {key: value for key, value in to_dict(config).items() if key not in FREE}
     while rank and not any((out / name).is_file() for name in (HALF, MANIFEST)):
         time.sleep(0.2)  # the first rank begins
     if (out / MANIFEST).is_file():
         return _whole(config, out, settings, rank)
     source = renamed(open_source(config.data), config.names)
-    _begin(out, settings | {"images": source.identity})
-    codec = _codec(config, out, rank)
-    codec.latent_side(source.size)
+    plan = settings | {"images": source.identity}
+    _check_begun(out, plan)
+    codec = _codec(config, out, rank, source.size)
+    if not (out / "autoencoder").is_dir():
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(out / HALF, plan)
+        codec.save_pretrained(out / "autoencoder")
     facts = CodecFacts(
         sha256=codec.fingerprint(), scale=tuple(codec.scale_C.tolist()), shift=tuple(codec.shift_C.tolist()),
         factor=codec.factor,
@@ -188,15 +193,12 @@ def _make_shards(
         _on_device.cache_clear()
 
 
-def _begin(out: Path, plan: dict[str, Any]) -> None:
-    """Make the directory, or check that what was begun in it is the same."""
+def _check_begun(out: Path, plan: dict[str, Any]) -> None:
+    """UsageError unless the directory is new, or what was begun in it is the same."""
     if (out / HALF).is_file():
         _check_same(out, checkpoint.read_json(out / HALF), plan)
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(path.name[0] != "." for path in out.iterdir())):
         raise UsageError(f"{out} holds other files; give another path or remove it.")
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(out / HALF, plan)
 
 
 def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -220,25 +222,21 @@ def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
     return flat
 
 
-def _codec(config: EncodeConfig, out: Path, rank: int) -> Codec:
-    """The autoencoder, copied or trained into the directory by the first rank."""
+def _codec(config: EncodeConfig, out: Path, rank: int, size: int) -> Codec:
+    """The autoencoder: the copy in the directory, or else, by the first rank, the one that is given or trained."""
     folder = out / "autoencoder"
     while rank and not folder.is_dir():
         time.sleep(0.2)
-    if not folder.is_dir():
-        _given_or_trained(config).save_pretrained(folder)
-    return open_codec(folder)
-
-
-def _given_or_trained(config: EncodeConfig) -> Codec:
-    if not config.autoencoder:
-        return train_autoencoder(open_images(config.data), config)
-    folder = Path(config.autoencoder).expanduser()
-    return (
-        open_codec(folder)
-        if (folder / "config.json").is_file()
-        else AutoencoderKL.from_pretrained(config.autoencoder)
-    )
+    if folder.is_dir():
+        codec = open_codec(folder)
+    elif not config.autoencoder:
+        codec = train_autoencoder(open_images(config.data), config)
+    elif (Path(config.autoencoder).expanduser() / "config.json").is_file():
+        codec = open_codec(Path(config.autoencoder).expanduser())
+    else:
+        codec = AutoencoderKL.from_pretrained(config.autoencoder)
+    codec.latent_side(size)
+    return codec
 
 
 def _record(out: Path, number: int) -> Path:
