@@ -86,12 +86,12 @@ def make_seeds(folder: Path, model: Path) -> None:
 
     from kindiff import DiT, DiTConfig, KindConfig, decompose, factorize, save_components
     from kindiff.classes import ClassSet
-    from kindiff.config import AutoencoderConfig
+    from kindiff.config import AutoencoderConfig, DataConfig, EncodeConfig
     from kindiff.data.check import write_quarantine
-    from kindiff.data.latents import write_latents
     from kindiff.data.manifest import Skipped
-    from kindiff.data.prepared import open_prepared, write_prepared
+    from kindiff.data.prepared import write_prepared
     from kindiff.models.autoencoder import Autoencoder
+    from kindiff.train.encoding import encode
     from kindiff.train.run import Run
 
     shutil.rmtree(folder, ignore_errors=True)
@@ -105,8 +105,8 @@ def make_seeds(folder: Path, model: Path) -> None:
     codec.save_pretrained(folder / "codec")
     pixels = np.zeros((3, 8, 8, 3), np.uint8)
     write_prepared(folder / "images", [("owl", pixels), ("fox", pixels)], size=8, source="zeros")
-    latents = np.zeros((6, 2, 4, 2, 2), np.float32)
-    write_latents(folder / "latents", open_prepared(folder / "images"), codec, latents)
+    images = DataConfig(source=str(folder / "images"), size=8)
+    encode(EncodeConfig(data=images, autoencoder=str(folder / "codec"), workers=1), folder / "latents")
     recipe = "method = 'kind'\n[data]\nsource = 'x'\nclasses = ['owl', 'fox']\n[model]\nwidth = 64\n[kind]\n"
     recipe += "learngene_rank = 8\ntailor_rank = 2\ntargets = ['q']\n"
     recipe += "[train]\nsteps = 10\nlr = 1e-3\ntensorboard = false\n"

@@ -17,7 +17,7 @@ from kindiff.config import SampleConfig
 from kindiff.diffusion import gaussian, samplers
 from kindiff.diffusion.guidance import guided
 from kindiff.errors import UsageError
-from kindiff.models.autoencoder import Autoencoder
+from kindiff.models.codec import Codec, open_codec
 from kindiff.models.dit import DiT
 from kindiff.parallel import ALONE, Ranks
 from kindiff.randomness import Purpose, stream
@@ -27,7 +27,7 @@ from kindiff.runtime import device_of
 class DiTPipeline:
     """Draws images from a model; a latent model brings its autoencoder."""
 
-    def __init__(self, model: DiT, autoencoder: Autoencoder | None = None) -> None:
+    def __init__(self, model: DiT, autoencoder: Codec | None = None) -> None:
         if bool(model.config.autoencoder) != (autoencoder is not None):
             need = "works on latents and needs its autoencoder" if autoencoder is None else "works on pixels"
             raise UsageError(f"the model {need}; give the pipeline what the model was trained with.")
@@ -41,7 +41,7 @@ class DiTPipeline:
         """A model directory; the autoencoder is its sub-folder `autoencoder`, where the model is a latent one."""
         model = DiT.from_pretrained(directory)
         folder = Path(directory) / "autoencoder"
-        return DiTPipeline(model, Autoencoder.from_pretrained(folder) if model.config.autoencoder else None)
+        return DiTPipeline(model, open_codec(folder) if model.config.autoencoder else None)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the model and, where there is one, its autoencoder."""

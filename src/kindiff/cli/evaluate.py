@@ -41,6 +41,10 @@ class Args:
     """File of Inception weights; without it they are downloaded once. Its SHA-256 is checked."""
     classes: tuple[str, ...] = ()
     """Only these classes, of samples and reference both."""
+    groups: str = ""
+    """The reference's classes are merged into groups, as the model's were in training: imagenet, avatars or a file."""
+    split: str = ""
+    """Only the groups of this list, such as base or novel-10."""
     per_class: int = 0
     """Reference images of each class; 0 for all."""
     count: int = 0
@@ -96,6 +100,8 @@ def _run(args: Args, ranks: Ranks) -> None:
                 size=samples.size,
                 classes=args.classes,
                 per_class=args.per_class,
+                groups=args.groups,
+                split=args.split,
                 batch=args.feature_batch,
                 progress=progress,
             )

@@ -22,7 +22,7 @@ from kindiff.parallel import place
 
 COMMANDS = {
     "demo": "pre-train, decompose, recombine, transfer and sample on drawn avatars; ends with a page to look at",
-    "encode": "train a small autoencoder on images and turn them into latents",
+    "encode": "turn images into latents, with a small autoencoder (trained first) or diffusers' AutoencoderKL",
     "data": "check a folder of images: what cannot be read or stands twice goes on a list and is left out",
     "pretrain": "pre-train a decomposable diffusion transformer on images",
     "decompose": "take a model apart: learngenes and one tailor file per class",

@@ -20,6 +20,7 @@ from kindiff.rivals.learngenes import BANKS
 from kindiff.train.loop import fit
 from kindiff.train.preparing import choose_blocks, part_of, sigma_first
 from kindiff.train.run import Run, is_finished
+from kindiff.train.transferring import check_fit
 
 LABEL_DROPOUT = 0.1
 """Rivals change the network that guidance's null pass runs through, so that pass is trained, as in pre-training."""
@@ -38,7 +39,7 @@ def adapt(
         if samples is None:
             samples = ranks.in_turn(lambda: open_samples(config.data))
         base = DiT.from_pretrained(base_directory)
-        _check_fit(base, samples)
+        check_fit(base.config, samples, what="base was")
         description = {
             "command": "adapt",
             "config": to_dict(config),
@@ -101,19 +102,3 @@ def _learngene_of(base: DiT, base_directory: str | Path, method: str) -> DiT:
             f"{base_directory} is not the model that the learngene {folder} makes; give that one."
         )
     return learngene
-
-
-def trainable(model: DiT) -> int:
-    """How many numbers of a model train."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def _check_fit(base: DiT, samples: SampleSet) -> None:
-    wanted = (base.config.input_size, base.config.channels, base.config.autoencoder)
-    if (samples.size, samples.channels, samples.autoencoder_hash) != wanted:
-        raise UsageError(
-            f"the images are {samples.size} x {samples.size} with {samples.channels} channels, the base was "
-            f"trained on {wanted[0]} x {wanted[0]} with {wanted[1]}"
-            + (" (and another autoencoder)" if samples.autoencoder_hash != wanted[2] else "")
-            + "; set data.size, or use latents of the same autoencoder."
-        )
