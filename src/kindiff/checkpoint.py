@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kindiff.errors import BadFileError, UsageError
-from kindiff.headers import MAX_JSON, check_link, no_key_twice, read_header
+from kindiff.headers import MAX_JSON, check_link, parse_json, read_header
 
 FORMAT = 1
 _SAFETENSORS_NAMES = {  # in the order in which the library writes them
@@ -119,7 +119,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_JSON:
         raise BadFileError(f"{path} has {path.stat().st_size} bytes; a description is never that large.")
     try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=no_key_twice)
+        value = parse_json(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise BadFileError(
             f"{path} is not valid JSON ({error}); it is damaged or not a kindiff file."
