@@ -51,7 +51,7 @@ class Target:
 
 
 def targets() -> list[Target]:
-    from kindiff.components import load_components
+    from kindiff.components import load_components, load_tailor
     from kindiff.config import PretrainConfig, TransferConfig, load_recipe
     from kindiff.data.check import read_quarantine
     from kindiff.data.groups import read_grouping
@@ -67,11 +67,10 @@ def targets() -> list[Target]:
 
     return [
         Target("model/config.json", "json", lambda p: DiT.from_pretrained(p.parent), 2),
-        Target("model/model.safetensors", "header", checkpoint.read_tensors, 14),
+        Target("model/model.safetensors", "header", checkpoint.read_tensors, 2),
+        Target("headers.safetensors", "header", checkpoint.read_tensors, 14),
         Target("parts/config.json", "json", lambda p: load_components(p.parent), 2),
-        Target(
-            "parts/tailors/owl.safetensors", "header", lambda p: load_components(p.parents[1], ["owl"]), 2
-        ),
+        Target("parts/tailors/owl.safetensors", "header", lambda p: load_tailor(p.parents[1], "owl"), 2),
         Target("codec/config.json", "json", lambda p: Autoencoder.from_pretrained(p.parent), 2),
         Target("images/manifest.json", "json", lambda p: open_prepared(p.parent), 6),
         Target("latents/manifest.json", "json", lambda p: LatentSet.open(p.parent), 6),
@@ -139,7 +138,12 @@ def make_seeds(folder: Path) -> None:
     )  # fmt: skip
     one = ClassScore(name="owl", count=1, kid=0.5, kid_error=0.1, accuracy=None)
     score = Score(
-        protocol=protocol, distance_name="FD", distance=1.5, floor=0.5, floor_note="two halves", per_class=(one,)
+        protocol=protocol,
+        distance_name="FD",
+        distance=1.5,
+        floor=0.5,
+        floor_note="two halves",
+        per_class=(one,),
     )
     checkpoint.write_json(folder / "score.json", score.to_json())
     lines = [
@@ -161,6 +165,9 @@ def make_seeds(folder: Path) -> None:
     tensors = {group: {"x": torch.zeros(3)} for group in ("model", "ema", "optimiser", "log")}
     Run(folder / "run", {"seed": 1}).save(5, tensors)
     shutil.move(folder / "run" / "checkpoints" / "step-00000005", folder)
+    kinds = (torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
+    mixed = {f"x{i}": torch.zeros((2,) * i, dtype=kind) for i, kind in enumerate(kinds)}
+    checkpoint.write_tensors(folder / "headers.safetensors", mixed, {"class": "owl"})
     for target in targets():
         target.read(folder / target.file)
     (folder / "done").write_text("")

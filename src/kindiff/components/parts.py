@@ -253,12 +253,7 @@ def decompose(model: DiT) -> Components:
     ids = torch.arange(len(model.classes))
     gating = model.gate(ids, rows[:-1])
     matrices = dict(model.named_matrices())
-    learngenes = {
-        name: tensor.clone()
-        for name, tensor in model.state_dict().items()
-        if ".tailor_" not in name and name != "class_embed.weight" and not name.startswith(GATE)
-    }
-    learngenes[NULL_EMBEDDING] = rows[-1].clone()
+    learngenes = {name: tensor.clone() for name, tensor in learngenes_of(model).items()}
     tailors: dict[str, dict[str, Tensor]] = {}
     for i, name in enumerate(model.classes.names):
         tensors = {EMBEDDING: rows[i].clone()}
@@ -273,6 +268,16 @@ def decompose(model: DiT) -> Components:
                 tensors |= _named(matrix, own)
         tailors[name] = tensors
     return Components(model.config, tuple(model.structure["targets"]), learngenes, tailors)
+
+
+def learngenes_of(model: DiT) -> dict[str, Tensor]:
+    """Everything of a model of factored components that is not a class's, by its name in parts; no copies."""
+    found = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if ".tailor_" not in name and name != "class_embed.weight" and not name.startswith(GATE)
+    }
+    return found | {NULL_EMBEDDING: model.class_embed.weight[-1]}
 
 
 def _with_classes(config: DiTConfig, count: int) -> DiTConfig:
