@@ -52,7 +52,7 @@ def write_parts(target: Path, preset: str, classes: int, learngene_rank: int, ta
 
     from kindiff import checkpoint
     from kindiff.classes import ClassSet
-    from kindiff.components import Components, algebra, decompose, factorize, save_components
+    from kindiff.components import Components, decompose, factorize, save_components
     from kindiff.config import DiTConfig, KindConfig
     from kindiff.models import DiT
 

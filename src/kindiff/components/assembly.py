@@ -11,7 +11,6 @@ from torch import Tensor
 from kindiff.components.algebra import Factors
 from kindiff.components.linear import ComponentLinear
 from kindiff.models.dit import DiT
-from kindiff.models.layers import Linear
 
 
 def factors_of(tensors: Mapping[str, Tensor], matrix: str) -> Factors:
