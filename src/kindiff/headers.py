@@ -1,7 +1,8 @@
-"""What a file from elsewhere says of itself, checked before it is believed: links, JSON keys, headers of tensors."""
+"""What a file from elsewhere says of itself, checked before it is believed: links, JSON, headers of tensors, its hash."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -65,6 +66,12 @@ def check_link(path: Path) -> None:
     in_cache = target.parent.name == "blobs" and target.parent.parent in home.parents
     if not in_cache and not target.is_relative_to(home):
         raise BadFileError(f"{path} is a link out of its directory, to {target}; put the file itself there.")
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def parse_json(content: bytes) -> Any:

@@ -1,4 +1,4 @@
-"""The harness of the fuzz campaign sees what it is there for; a few thousand guided inputs where atheris is installed."""
+"""The fuzz harness sees what it is there for; some thousand guided inputs where atheris is installed."""
 
 from __future__ import annotations
 
