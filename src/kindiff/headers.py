@@ -1,4 +1,4 @@
-"""What a file from elsewhere says of itself, checked before it is believed: links, JSON, headers of tensors, its hash."""
+"""What a file from elsewhere says of itself, checked before it is believed: links, JSON, headers; and its hash."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def merge_(model: DiT) -> DiT:
     gating = model.gate(torch.zeros(1, dtype=torch.int64), model.class_embed.weight[:1])
     for _, layer in model.named_matrices():
         assert isinstance(layer, ComponentLinear)
-        layer.weight.data = layer.merged_weight(gating)
+        layer.weight.copy_(layer.merged_weight(gating))
     with torch.device("meta"):
         new = DiT(model.config, classes=model.classes)
     state = model.state_dict()
