@@ -72,7 +72,23 @@ def main(args: Args) -> int:
             if not found_any:
                 break
         print(f"{target.file}: {so_far['inputs']} inputs, {len(so_far['faults'])} faults", file=sys.stderr)
+    print(table(facts))
     return 1 if facts["faults"] else 0
+
+
+def table(facts: dict[str, Any]) -> str:
+    """The figures as the table of docs/reliability.md."""
+    lines = [
+        "| file | inputs | different | kept for new code | faults | longest s | traced | bytes above twice the file |"
+    ]
+    lines.append("|---" * 8 + "|")
+    for name, t in sorted(facts["targets"].items()):
+        lines.append(
+            f"| {name} | {t['inputs']:,} | {t['different_inputs']:,} | {t['kept_for_their_coverage']:,} | "
+            f"{len(t['faults'])} | {t['longest_seconds']:.3f} | {t['traced']:,} | "
+            f"{t['most_traced_bytes_above_twice_the_file']:,} |"
+        )
+    return "\n".join([*lines, f"\n{facts['inputs']:,} inputs, {facts['faults']} faults."])
 
 
 def _add(so_far: dict[str, Any], found: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from kindiff.data.prepared import open_prepared
 from kindiff.errors import BadFileError
 from kindiff.models import DiT
 from kindiff.models.autoencoder import Autoencoder
+from kindiff.train.run import GROUPS, Run, _read
 from toys import write_shapes
 
 
@@ -204,3 +205,13 @@ def test_absurdly_many_values_are_refused_before_they_are_made(model_folder: Pat
         assert tracemalloc.get_traced_memory()[1] < 2 * path.stat().st_size
     finally:
         tracemalloc.stop()
+
+
+def test_a_checkpoint_whose_step_is_infinite(tmp_path: Path) -> None:
+    """Found by the guided campaign: int(Infinity) is an OverflowError, which nothing expected."""
+    tensors = {group: {"x": torch.zeros(3)} for group in GROUPS}
+    Run(tmp_path / "run", {"seed": 1}).save(5, tensors)
+    place = tmp_path / "run" / "checkpoints" / "step-00000005"
+    edit(place / "state.json", "", "step", float("inf"))
+    with pytest.raises(BadFileError, match=r"state\.json is damaged"):
+        _read(place)

@@ -143,7 +143,7 @@ def _read(place: Path) -> tuple[int, dict[str, dict[str, Tensor]]]:
     try:
         step = int(state["step"])
         files = {name: (facts["bytes"], facts["sha256"]) for name, facts in state["files"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise BadFileError(f"{place / 'state.json'} is damaged.") from None
     if place.name != f"step-{step:08d}" or {Path(name).stem for name in files} != GROUPS:
         raise BadFileError(f"{place / 'state.json'} is damaged: it is not the description of {place.name}.")
@@ -159,7 +159,7 @@ def _read(place: Path) -> tuple[int, dict[str, dict[str, Tensor]]]:
 def _step_of(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         return 2**62  # a line cut short by a kill
 
 
