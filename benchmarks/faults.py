@@ -902,7 +902,7 @@ def fuzz(place: Place, short: bool) -> Iterator[Case]:
         pid = os.fork()
         if not pid:
             try:
-                fuzzing.make_seeds(seeds, place.folder / "reference" / "model")
+                fuzzing.make_seeds(seeds)
             except BaseException:
                 import traceback
 

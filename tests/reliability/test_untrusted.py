@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from kindiff.errors import BadFileError
 from kindiff.models import DiT
 from kindiff.models.autoencoder import Autoencoder
 from kindiff.train.encoding import encode
+from kindiff.train.run import GROUPS, Run, _read
 from toys import write_shapes
 
 
@@ -191,3 +193,26 @@ def test_a_tailor_whose_sigma_is_one_number(parts_folder: Path) -> None:
     checkpoint.write_tensors(path, tensors | {"blocks.0.q.sigma": torch.tensor(1.0)}, metadata)
     with pytest.raises(BadFileError, match=r"cat\.safetensors is of another architecture"):
         load_components(parts_folder)
+
+
+def test_absurdly_many_values_are_refused_before_they_are_made(model_folder: Path) -> None:
+    """Three bytes of text make an object of sixty: a description of the allowed length could fill the memory."""
+    path = model_folder / "config.json"
+    path.write_bytes(b'{"format": [' + b"[]," * 2_200_000 + b"[]]}")
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadFileError, match="holds more than 4194304 values"):
+            DiT.from_pretrained(model_folder)
+        assert tracemalloc.get_traced_memory()[1] < 2 * path.stat().st_size
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_checkpoint_whose_step_is_infinite(tmp_path: Path) -> None:
+    """Found by the guided campaign: int(Infinity) is an OverflowError, which nothing expected."""
+    tensors = {group: {"x": torch.zeros(3)} for group in GROUPS}
+    Run(tmp_path / "run", {"seed": 1}).save(5, tensors)
+    place = tmp_path / "run" / "checkpoints" / "step-00000005"
+    edit(place / "state.json", "", "step", float("inf"))
+    with pytest.raises(BadFileError, match=r"state\.json is damaged"):
+        _read(place)

@@ -18,6 +18,7 @@ from kindiff import checkpoint
 from kindiff.classes import ClassSet
 from kindiff.components.build import Structure, empty
 from kindiff.components.parts import EMBEDDING, GATE, NULL_EMBEDDING, Components
+from kindiff.components.swap import Tailor
 from kindiff.config import MATRICES, DiTConfig, from_dict, to_dict
 from kindiff.errors import BadFileError, UsageError
 from kindiff.models.codec import Codec, open_codec
@@ -78,6 +79,19 @@ def load_components(directory: str | Path, classes: Iterable[str] | None = None)
     }
     checkpoint.check_hash(path, learngenes, description["learngenes"])
     return Components(config, targets, learngenes, tailors)
+
+
+def load_tailor(directory: str | Path, name: str) -> Tailor:
+    """One class of a components directory, for `swap_tailor_`: only its file is read, not the learngenes.
+
+    Raises FileNotFoundError, UsageError for a class it does not list, or BadFileError as `load_components` does.
+    """
+    folder = Path(directory)
+    description = _description(folder)
+    ClassSet(tuple(description["classes"])).id(name)
+    config = from_dict(DiTConfig, description["model"])
+    tensors = _read_tailor(folder, name, config, tuple(description["targets"]), description["learngenes"])
+    return Tailor(name, tensors, description["learngenes"])
 
 
 def load_autoencoder(directory: str | Path) -> Codec | None:

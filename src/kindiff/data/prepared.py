@@ -18,6 +18,7 @@ import numpy as np
 from kindiff.classes import ClassSet
 from kindiff.data.manifest import MANIFEST, Manifest, Skipped, content_hash
 from kindiff.errors import BadFileError, UsageError
+from kindiff.headers import sha256
 
 IMAGES = "images.npy"
 
@@ -167,7 +168,7 @@ def write_prepared(
         digests = [h.hexdigest() for h in hashes]
         manifest = Manifest(
             size=size, classes=ClassSet(tuple(names)), counts=tuple(counts), class_sha256=tuple(digests),
-            images_sha256=_hash_file(temporary / IMAGES), images_bytes=(temporary / IMAGES).stat().st_size,
+            images_sha256=sha256(temporary / IMAGES), images_bytes=(temporary / IMAGES).stat().st_size,
             sha256=content_hash(size, names, counts, digests), source=source, skipped=tuple(skipped),
         )  # fmt: skip
         write_json(temporary / MANIFEST, manifest.to_json())
@@ -220,15 +221,10 @@ def _write_header(file: Any, count: int, size: int) -> int:
     return file.tell()
 
 
-def _hash_file(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 @functools.lru_cache(maxsize=65536)
 def hash_once(file: Path, _bytes: int, _mtime_ns: int, _inode: int) -> str:
     """SHA-256 of a file, read once per process as long as its length, time of change and inode are the same."""
-    return _hash_file(file)
+    return sha256(file)
 
 
 def _hash_rows(stored: np.ndarray, rows: np.ndarray) -> str:

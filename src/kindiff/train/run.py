@@ -243,7 +243,7 @@ def _read(place: Path) -> tuple[int, dict[str, dict[str, Tensor]]]:
     try:
         step = int(state["step"])
         files = {name: (facts["bytes"], facts["sha256"]) for name, facts in state["files"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise BadFileError(f"{place / 'state.json'} is damaged.") from None
     count = max(1, len(files) // len(GROUPS))
     wanted = {group: [_file(group, rank, count) for rank in range(count)] for group in GROUPS}
@@ -274,7 +274,7 @@ def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def _step_of(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         return 2**62  # a line cut short by a kill
 
 
