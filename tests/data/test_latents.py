@@ -276,6 +276,19 @@ def test_weights_that_are_not_finite_are_found(tmp_path: Path, codec: Path, phot
         encode(settings(photos, tmp_path / "bad"), tmp_path / "latents")
 
 
+def test_shards_are_mapped_and_not_kept_open(tmp_path: Path, codec: Path, photos: Path) -> None:
+    """A thousand open files is all that many systems allow a process; ImageNet has five thousand shards."""
+    latents = encode(settings(photos, codec, per_shard=1), tmp_path / "latents")
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    everything = latents.fetch(np.arange(24), np.zeros(24, bool))
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert len({x.tobytes() for x in everything}) == 24
+    wrong = latents.path / shard_file(7)
+    np.save(wrong, np.zeros((1, 2, 2, 4, 4, 4), "<f8"), allow_pickle=False)
+    with pytest.raises(BadFileError, match=r"shard-00007\.npy holds float64 .* not float32"):
+        dataclasses.replace(latents).fetch(np.array([7]), np.zeros(1, bool))
+
+
 def test_latents_and_images_are_not_taken_for_each_other(tmp_path: Path, codec: Path, photos: Path) -> None:
     out = tmp_path / "latents"
     encode(settings(photos, codec), out)

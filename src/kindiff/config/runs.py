@@ -187,7 +187,7 @@ class EncodeConfig:
     """Seed of the weights, the order and the noise."""
     dtype: Literal["float32", "float16"] = "float32"
     """Numbers in the files; float16 halves them."""
-    per_shard: int = 512
+    per_shard: int = 256
     """Images of a file; an interruption costs the files that were being made."""
     workers: int = 0
     """Processes that read and encode; the result does not depend on it. 0: one a core, or four on a GPU."""

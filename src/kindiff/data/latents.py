@@ -133,19 +133,28 @@ class LatentSet:
 
     def _shard(self, number: int) -> np.ndarray:
         if number not in self._opened:
-            file = self.path / shard_file(number)
             shape = (self.shards[number].rows, 2, 2, self.channels, self.size, self.size)
-            try:
-                stored = np.load(file, mmap_mode="r", allow_pickle=False)
-            except (ValueError, OSError, SyntaxError) as error:
-                raise BadFileError(f"{file} is no NumPy array file ({error}); {_AGAIN}.") from None
-            if stored.shape != shape or stored.dtype != self.dtype:
-                raise BadFileError(
-                    f"{file} holds {stored.dtype} {stored.shape}, not {self.dtype} {shape} as its manifest says; "
-                    f"{_AGAIN}."
-                )
-            self._opened[number] = stored
+            self._opened[number] = _mapped(self.path / shard_file(number), self.dtype, shape)
         return self._opened[number]
+
+
+def _mapped(file: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The array of a .npy file mapped into memory. NumPy's map would keep the file open, and there are thousands."""
+    import torch
+
+    try:
+        with file.open("rb") as opened:
+            np.lib.format.read_magic(opened)
+            found, fortran, kind = np.lib.format.read_array_header_1_0(opened)
+            start = opened.tell()
+    except (ValueError, OSError, SyntaxError) as error:
+        raise BadFileError(f"{file} is no NumPy array file ({error}); {_AGAIN}.") from None
+    if (found, fortran, kind) != (shape, False, np.dtype(dtype)):
+        raise BadFileError(
+            f"{file} holds {kind} {found}, not {dtype} {shape} as its manifest says; {_AGAIN}."
+        )
+    content = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8).numpy()
+    return content[start:].view(dtype).reshape(shape)
 
 
 def is_latents(path: Path) -> bool:

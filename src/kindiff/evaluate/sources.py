@@ -7,6 +7,7 @@ from pathlib import Path
 from kindiff.checkpoint import read_json
 from kindiff.config import DataConfig, SampleConfig
 from kindiff.data import ImageSet, open_images, open_prepared
+from kindiff.data.hub import is_hub
 from kindiff.errors import UsageError
 from kindiff.evaluate import adm
 from kindiff.evaluate import reference as references
@@ -89,6 +90,7 @@ def open_reference(
         path.is_dir()
         and not any(child.is_dir() and child.name[0] != "." for child in path.iterdir())
         and not (path / "manifest.json").is_file()
+        and not is_hub(source)
     ):
         if picks:
             raise UsageError(f"{source} has no sub-folders, so no classes to pick from.")
