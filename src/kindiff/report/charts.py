@@ -11,7 +11,7 @@ from kindiff.report.svg import LETTER, LINE, figure, short, text
 
 WIDTH, HEIGHT = 480.0, 330.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 10.0, 40.0
-LABELS = 104.0
+LABELS = 118.0
 """Room at the right of lines for their names."""
 
 
@@ -53,11 +53,17 @@ class Scale:
 
 
 def chart(
-    title: str, series: Sequence[Series], *, x: Axis, y: Axis, rule: tuple[float, str] | None = None
+    title: str,
+    series: Sequence[Series],
+    *,
+    x: Axis,
+    y: Axis,
+    rule: tuple[float, str] | None = None,
+    front: bool = False,
 ) -> str:
     """A figure: series of one point are labelled markers, the others lines named at their end.
 
-    rule: a level with a name, drawn across. Points that are not finite, or not above zero on a logarithmic axis,
+    rule: a level with a name, drawn across. front: join the first points that no other beats in both (lower is better). Points that are not finite, or not above zero on a logarithmic axis,
     are left out; with none left the figure says so.
     """
     kept = [s for s in (_drawable(s, x, y) for s in series) if s.points]
@@ -76,11 +82,23 @@ def chart(
     if rule and not (y.log and rule[0] <= 0):
         place = up(rule[0])
         parts.append(f'<line class="rule" x1="{LEFT:g}" x2="{right:.1f}" y1="{place:.1f}" y2="{place:.1f}"/>')
-        parts.append(text(right - 2, place - 4, rule[1], anchor="end", kind="axis"))
+        parts.append(text(LEFT + 4, place - 4, rule[1], kind="axis"))
+    if front:
+        path = " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in pareto_front([s.points[0] for s in kept]))
+        parts.append(f'<polyline class="front" points="{path}"/>')
     for s in sorted(kept, key=lambda s: s.strong):  # what is strong lies on top
         parts.append(_marks(s, across, up, x, y))
     parts += _end_labels(kept, across, up) if lines else _point_labels(kept, across, up, right)
     return figure(title, f"{y.name} against {x.name}", "".join(parts), width=WIDTH, height=HEIGHT)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other one is below or equal to in both coordinates, from the left."""
+    front: list[tuple[float, float]] = []
+    for a, b in sorted(points):
+        if not front or b < front[-1][1]:
+            front.append((a, b))
+    return front
 
 
 def _drawable(series: Series, x: Axis, y: Axis) -> Series:

@@ -39,6 +39,8 @@ figure { margin: .8rem 0; min-width: 0; } figcaption { font-size: .9rem; margin-
 svg { display: block; width: 100%; height: auto; font: 11px system-ui, sans-serif; fill: var(--ink); }
 svg .axis { fill: var(--soft); } svg .grid { stroke: var(--line); }
 svg .rule { stroke: var(--ink); stroke-dasharray: 4 3; }
+svg .front { stroke: var(--soft); fill: none; stroke-dasharray: 1 3; stroke-width: 1.5; }
+svg text { paint-order: stroke; stroke: var(--paper); stroke-width: 2px; } svg rect + text, svg .bare { stroke: none; }
 .s0 { --series: var(--s0); } .s1 { --series: var(--s1); } .s2 { --series: var(--s2); }
 .s3 { --series: var(--s3); } .s4 { --series: var(--s4); }
 svg .point { fill: var(--series); } svg .stem, svg .trace { stroke: var(--series); fill: none; }

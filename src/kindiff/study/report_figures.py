@@ -1,0 +1,179 @@
+"""Tables and figures of a study's report, made of rows and records alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from kindiff.report.charts import Axis, Series, chart
+from kindiff.report.page import Cell, sortable
+from kindiff.report.svg import short
+from kindiff.study.records import Record
+from kindiff.study.report_words import FAMILIES, accuracy, budgets, distance, reached, verdict
+from kindiff.study.tables import Row
+
+
+def colour(family: str) -> int:
+    """The page's colour of a sort of methods."""
+    return list(FAMILIES).index(family) if family in FAMILIES else len(FAMILIES) - 1
+
+
+def winners(tasks: Mapping[str, Sequence[Row]], labels: Mapping[str, str]) -> str:
+    """Who is first on each task, and within each budget of it."""
+    lines: list[list[str | Cell]] = []
+    for task, rows in tasks.items():
+        groups = {
+            "all methods": list(rows),
+            **{f"about {name} trained": own for name, own in budgets(rows).items()},
+        }
+        for group, own in groups.items():
+            found = verdict(own)
+            if found is None:
+                continue
+            first, second = found.first, found.second
+            lines.append(
+                [
+                    labels.get(task, task),
+                    group,
+                    Cell(text=first.label, key=colour(first.family)),
+                    _number(distance(first), first.distance_mean),
+                    Cell(text=second.label, key=colour(second.family)),
+                    _number(distance(second), second.distance_mean),
+                    _number("" if math.isnan(found.spreads) else f"{found.spreads:.1f}", found.spreads),
+                    _number(_plain(first.floor, 3), first.floor),
+                ]
+            )
+    name = next(iter(tasks.values()))[0].distance_name
+    return sortable(
+        ("task", "among", "first", name, "best of the other side", name, "gap in spreads", "floor"), lines
+    )
+
+
+def task_table(rows: Sequence[Row]) -> str:
+    """Every method of a task at its best rate."""
+    lines: list[list[str | Cell]] = [
+        [
+            Cell(text=row.label, key=colour(row.family)),
+            _number(distance(row), row.distance_mean),
+            _number(accuracy(row), row.accuracy_mean),
+            _number(_plain(row.precision_mean, 2), row.precision_mean),
+            _number(_plain(row.recall_mean, 2), row.recall_mean),
+            Cell(text=f"{row.trainable:,}", order=row.trainable),
+            Cell(text=f"{row.gmacs:.4f}", order=row.gmacs),
+            Cell(text=f"{row.lr:g}{'' if row.bracketed else ' (edge)'}", order=row.lr),
+            Cell(text=str(row.seeds), order=row.seeds),
+        ]
+        for row in rows
+    ]
+    columns = (
+        "method", rows[0].distance_name, "accuracy", "precision", "recall", "trained parameters", "GMACs",
+        "learning rate", "seeds",
+    )  # fmt: skip
+    marked = [i for i, row in enumerate(rows) if row.family == "kind"]
+    return sortable(columns, lines, marked=marked)
+
+
+def pareto(rows: Sequence[Row], *, title: str, against: Mapping[str, float], axis: Axis) -> str:
+    """Distance against a cost of each method, with the front that no other method beats in both."""
+    series = [
+        Series(
+            name=row.label,
+            points=[(against[row.method], row.distance_mean)],
+            spreads=[0.0 if math.isnan(row.distance_spread) else row.distance_spread],
+            colour=colour(row.family),
+            strong=row.family == "kind",
+        )
+        for row in rows
+    ]
+    return chart(title, series, x=axis, y=Axis(name=rows[0].distance_name), rule=_floor(rows), front=True)
+
+
+def curves(
+    rows: Sequence[Row], points: Mapping[str, Sequence[tuple[float, float]]], *, title: str, axis: Axis
+) -> str:
+    """Distance during training, a line for each method that was watched."""
+    return chart(
+        title,
+        [
+            Series(name=r.label, points=points[r.method], colour=colour(r.family), strong=r.family == "kind")
+            for r in rows
+            if points.get(r.method)
+        ],
+        x=axis,
+        y=Axis(name=rows[0].distance_name, log=True),
+        rule=_floor(rows),
+    )
+
+
+def convergence(rows: Sequence[Row], points: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """In a sentence, when KIND reaches the best rival's last score; empty where that was not watched."""
+    watched = [row for row in rows if points.get(row.method)]
+    kind = next((row for row in watched if row.family == "kind"), None)
+    rival = min(
+        (row for row in watched if row.family != "kind"),
+        key=lambda row: points[row.method][-1][1],
+        default=None,
+    )
+    if kind is None or rival is None:
+        return ""
+    last, level = points[rival.method][-1]
+    step = reached(points[kind.method], level)
+    if step is None:
+        return (
+            f"{kind.label} does not reach the {level:.3g} that {rival.label} has at its last step, {last:g}."
+        )
+    return (
+        f"{kind.label} is at the {level:.3g} that {rival.label} has at its last step, {last:g}, by step {step:g}: in "
+        f"{step / last:.2f} of the steps."
+    )
+
+
+def rates(rows: Sequence[Row], swept: Mapping[tuple[str, str], Mapping[float, float]], *, title: str) -> str:
+    """Distance on the validation images at every learning rate tried."""
+    return chart(
+        title,
+        [
+            Series(
+                name=row.label,
+                points=list(swept[row.task, row.method].items()),
+                colour=colour(row.family),
+                strong=row.family == "kind",
+            )
+            for row in rows
+        ],
+        x=Axis(name="learning rate", log=True),
+        y=Axis(name=f"{rows[0].distance_name} on validation images", log=True),
+    )
+
+
+def curves_of(records: Sequence[Record], row: Row) -> list[tuple[float, float]]:
+    """(step, distance) of a row's first seed at its rate, where the training was watched."""
+    own = [r for r in records if (r.task, r.method, r.lr) == (row.task, row.method, row.lr)]
+    watched = sorted((r for r in own if r.curve), key=lambda r: r.seed)
+    return [(float(p["step"]), float(p["distance"])) for p in watched[0].curve] if watched else []
+
+
+def legend(rows: Sequence[Row]) -> str:
+    """What the colours stand for."""
+    present = [family for family in FAMILIES if family in {row.family for row in rows}]
+    keys = "".join(f'<span><span class="key s{colour(f)}"></span>{FAMILIES[f]}</span>' for f in present)
+    return f'<div class="keys">{keys}</div>'
+
+
+def costs(records: Sequence[Record], rows: Sequence[Row]) -> dict[str, float]:
+    """Parameters in total by method."""
+    return {row.method: next(float(r.parameters) for r in records if r.method == row.method and r.task == row.task)
+            for row in rows}  # fmt: skip
+
+
+def _floor(rows: Sequence[Row]) -> tuple[float, str] | None:
+    known = [row.floor for row in rows if not math.isnan(row.floor)]
+    return (min(known), f"floor: real against real, {short(min(known))}") if known else None
+
+
+def _number(text: str, order: float) -> Cell:
+    return Cell(text=text, order=None if math.isnan(order) else order)
+
+
+def _plain(value: float, digits: int) -> str:
+    return "" if math.isnan(value) else f"{value:.{digits}g}" if digits == 3 else f"{value:.{digits}f}"

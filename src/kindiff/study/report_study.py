@@ -1,0 +1,240 @@
+"""A study's report: first who won, then tables and figures, then pictures and components of the finished models."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kindiff.config import DataConfig, from_dict
+from kindiff.errors import UsageError
+from kindiff.pipeline import DiTPipeline
+from kindiff.progress import Track
+from kindiff.report.charts import Axis
+from kindiff.report.page import bullets, figures, folded, heading, page, paragraph, sheet
+from kindiff.study import report_figures as made
+from kindiff.study.config import Study, read_study
+from kindiff.study.grid import left
+from kindiff.study.records import Record, read_records
+from kindiff.study.report_components import components_view, has_several, has_tailors
+from kindiff.study.report_pictures import (
+    CLASSES,
+    DRAWN,
+    SHOWN,
+    draw,
+    exchange_sheet,
+    images_of,
+    neighbours_sheet,
+    pipeline_at,
+    zoom_of,
+)
+from kindiff.study.report_words import sentence, verdict
+from kindiff.study.tables import Row, best_rows, sweep
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a study's report is made of."""
+
+    study: Study
+    records: list[Record]
+    rows: list[Row]
+    work: Path
+    """Working folder that the records' models are relative to."""
+
+    @functools.cached_property
+    def tasks(self) -> dict[str, list[Row]]:
+        """The rows of each task, best first."""
+        return {
+            task: [r for r in self.rows if r.task == task]
+            for task in dict.fromkeys(r.task for r in self.rows)
+        }
+
+    @functools.cached_property
+    def labels(self) -> dict[str, str]:
+        """What the tasks are called."""
+        return {name: task.label for name, task in self.study.tasks.items()}
+
+    def label(self, task: str) -> str:
+        return self.labels.get(task, task)
+
+    def record(self, row: Row) -> Record:
+        """The record of a row's first seed."""
+        own = [r for r in self.records if (r.task, r.method, r.lr) == (row.task, row.method, row.lr)]
+        return min((r for r in own if r.test is not None), key=lambda r: r.seed)
+
+    def pipeline(self, row: Row) -> DiTPipeline | None:
+        """A row's model, where it is on this machine."""
+        return pipeline_at(self.work / self.record(row).model)
+
+
+def study_page(folder: Path, *, work: Path) -> str:
+    """The page of a study, of what is finished of it. UsageError when nothing is."""
+    study = read_study(folder)
+    records = read_records(study.results)
+    rows = best_rows(records)
+    if not rows:
+        raise UsageError(
+            f"{study.results} has no scored cell yet; run `kindiff study run {folder}` first, then make the report again."
+        )
+    m = Material(study, records, rows, work)
+    body = [*_first_screen(m), *_tasks(m), *_pictures(m), *_bases(m), *_appendix(m)]
+    return page(f"{study.config.title}: report", body)
+
+
+def _first_screen(m: Material) -> list[str]:
+    one, config = m.rows[0], m.study.config
+    several = len(m.tasks) > 1
+    base = m.record(one).base
+    start = m.study.bases[base].data.source if base in m.study.bases else base
+    seeds = max(row.seeds for row in m.rows)
+    verdicts = {task: verdict(rows) for task, rows in m.tasks.items()}
+    open_work = len(left(m.study, m.records))
+    return [
+        heading(config.title, 1),
+        paragraph(config.question),
+        bullets([f"{m.label(task)}: {sentence(found)}" for task, found in verdicts.items() if found]),
+        made.winners(m.tasks, m.labels),
+        paragraph(
+            f"{len({row.method for row in m.rows})} methods were compared on {len(m.tasks)} task{'s' * several}: from a few "
+            f"images each, teach new classes to a diffusion transformer that was pre-trained on other classes ({start}). "
+            "KIND, this project's method, pre-trains a model whose weights come apart into shared learngenes and a small "
+            "tailor for each class; new classes get fresh tailors and everything else stays frozen. All methods have the "
+            f"same images, {one.steps} steps, and choice of {len(config.lrs)} learning rates, made on images held out for "
+            f"it. Scores are {one.distance_name}, a Fréchet distance between features of samples and of real test images "
+            f"(lower is better; mean ± standard deviation over {seeds} seeds), and class accuracy, the share of samples "
+            "that a classifier takes for the class they were asked to be. Floor: the distance between two sets of real images."
+        ),
+        *([paragraph(f"The study is not finished: {open_work} pieces of work are left (`kindiff study plan`).")] if open_work else []),
+    ]  # fmt: skip
+
+
+def _tasks(m: Material) -> list[str]:
+    body = []
+    for task, rows in m.tasks.items():
+        floor = rows[0].floor
+        count = rows[0].count
+        name = rows[0].distance_name
+        drawings = [
+            made.pareto(
+                rows, title=f"{name} against trained parameters", against={r.method: r.trainable for r in rows},
+                axis=Axis(name="trained parameters", log=True),
+            ),
+            made.pareto(
+                rows, title=f"{name} against the cost of one forward pass", against={r.method: r.gmacs for r in rows},
+                axis=Axis(name="GMACs an image"),
+            ),
+            made.pareto(
+                rows, title=f"{name} against parameters in total", against=made.costs(m.records, rows),
+                axis=Axis(name="parameters"),
+            ),
+        ]  # fmt: skip
+        points = {row.method: made.curves_of(m.records, row) for row in rows}
+        if any(points.values()):
+            title = f"{name} during training"
+            drawings.append(made.curves(rows, points, title=title, axis=Axis(name="steps")))
+        body += [
+            heading(m.label(task)),
+            paragraph(
+                f"{count} samples a score; floor {floor:.3g}. Choose a column's head to sort by it. Edge: the best rate is the "
+                "lowest or highest tried, so a better one may lie beyond. The dashed line joins what no other method beats in both.",
+                soft=True,
+            ),
+            made.task_table(rows),
+            made.legend(rows),
+            figures(drawings),
+        ]
+        if told := made.convergence(rows, points):
+            body.append(paragraph(told))
+    return body
+
+
+def _pictures(m: Material) -> list[str]:
+    body = []
+    total = sum(len(rows) for rows in m.tasks.values())
+    with Track("drawing samples", total, unit="models") as track:
+        for task, rows in m.tasks.items():
+            body += _pictures_of(m, task, rows, track)
+    return body
+
+
+def _pictures_of(m: Material, task: str, rows: Sequence[Row], track: Track) -> list[str]:
+    record = m.record(rows[0])
+    training = images_of(from_dict(DataConfig, record.config["data"]))
+    config = replace(m.study.config.sample, device="auto")
+    lines, absent, best = [], [], None
+    names: tuple[str, ...] = ()
+    for row in rows:
+        pipeline = m.pipeline(row)
+        track.advance(1)
+        if pipeline is None:
+            absent.append(row.label)
+            continue
+        names = names or pipeline.model.classes.names[:CLASSES]
+        images = draw(pipeline, names, DRAWN, config)
+        lines.append((row.label, list(images[:, :SHOWN])))
+        if row.family == "kind" and best is None:
+            best = (row, pipeline, dict(zip(names, images, strict=True)))
+    body = [heading(f"{m.label(task)}: pictures")]
+    if absent:
+        body.append(
+            paragraph(
+                f"Models that are not on this machine, so without samples: {', '.join(absent)}.", soft=True
+            )
+        )
+    if not lines:
+        return body
+    size = lines[0][1][0].shape[1]
+    if isinstance(training, str):
+        body.append(paragraph(training, soft=True))
+    else:
+        real = [training.select([name], per_class=SHOWN).images for name in names]
+        lines.insert(0, ("real", real))
+    body += [
+        paragraph(
+            "Every method from the same noise, none picked; best method first; real training images on top."
+        ),
+        sheet(names, lines, zoom=zoom_of(size), wide=True),
+    ]
+    if best is None:
+        return body
+    row, pipeline, drawn = best
+    held_out = images_of(from_dict(DataConfig, record.provenance["test"]))
+    if not isinstance(training, str) and not isinstance(held_out, str):
+        body += neighbours_sheet(drawn, training, held_out, row.label)
+    if has_several(pipeline.model):
+        body += exchange_sheet(pipeline, config, training)
+    if has_tailors(pipeline.model):
+        body += components_view(pipeline.model, title=f"Components of {row.label}")
+    return body
+
+
+def _bases(m: Material) -> list[str]:
+    """The components of the pre-trained models."""
+    body = []
+    for name in sorted({record.base for record in m.records}):
+        pipeline = pipeline_at(m.work / "bases" / name / "model")
+        if pipeline is not None and has_tailors(pipeline.model):
+            body += components_view(
+                pipeline.model, title=f"Components of the pre-trained model `{name}`".replace("`", "")
+            )
+    return [heading("The pre-trained models"), *body] if body else []
+
+
+def _appendix(m: Material) -> list[str]:
+    swept = sweep(m.records)
+    drawings = [made.rates(rows, swept, title=m.label(task)) for task, rows in m.tasks.items()]
+    one = m.record(m.rows[0])
+    versions = ", ".join(f"{k} {v}" for k, v in one.provenance.get("versions", {}).items())
+    hardware = ", ".join(f"{k} {v}" for k, v in one.provenance.get("hardware", {}).items() if v)
+    failed = sorted({f"{r.label}, rate {r.lr:g}: {r.failed}" for r in m.records if r.failed})
+    return [
+        heading("Appendix: learning rates"),
+        paragraph(
+            "Each method's distance on validation images at every rate, first seed; the lowest was taken."
+        ),
+        figures(drawings),
+        *([folded(f"{len(failed)} trainings that failed", [bullets(failed)])] if failed else []),
+        paragraph(f"Made from {len(m.records)} records. {versions}; {hardware}.", soft=True),
+    ]

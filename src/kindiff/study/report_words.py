@@ -1,0 +1,121 @@
+"""A study's outcome in words: who won each task, by how much of the spread, and how far from real images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kindiff.report.svg import short
+from kindiff.study.tables import Row
+
+FAMILIES = {
+    "kind": "KIND",
+    "peft": "adapters and partial fine-tuning",
+    "full": "full fine-tuning",
+    "learngene": "other learngene methods",
+    "scratch": "training from scratch",
+}
+"""Sorts of methods, in the order of the pages' colours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The best row of a group of methods beside its best opponent."""
+
+    first: Row
+    """Lowest distance of all."""
+    second: Row
+    """The best of the other side: of the rivals when KIND is first, KIND's when a rival is; where there is one side
+    only, the next row."""
+
+    @property
+    def gap(self) -> float:
+        """How much lower the first one's distance is."""
+        return self.second.distance_mean - self.first.distance_mean
+
+    @property
+    def spread(self) -> float:
+        """The larger standard deviation over seeds of the two; nan when neither has one."""
+        known = [s for s in (self.first.distance_spread, self.second.distance_spread) if not math.isnan(s)]
+        return max(known, default=math.nan)
+
+    @property
+    def spreads(self) -> float:
+        """The gap in spreads; nan when there is none to measure with."""
+        return self.gap / self.spread if self.spread > 0 else math.nan
+
+    @property
+    def clear(self) -> bool:
+        """Whether the gap is beyond the spread."""
+        return self.spreads > 1
+
+
+def verdict(rows: Sequence[Row]) -> Verdict | None:
+    """The verdict over rows of one task; None with fewer than two methods."""
+    ranked = sorted(rows, key=lambda row: row.distance_mean)
+    if len(ranked) < 2:
+        return None
+    other_side = [row for row in ranked[1:] if (row.family == "kind") != (ranked[0].family == "kind")]
+    return Verdict(first=ranked[0], second=(other_side or ranked[1:])[0])
+
+
+def budgets(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The groups of like numbers of trained parameters in which KIND meets a rival."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.budget:
+            groups.setdefault(row.budget, []).append(row)
+    return {name: own for name, own in sorted(groups.items()) if len({r.family == "kind" for r in own}) == 2}
+
+
+def sentence(found: Verdict) -> str:
+    """A verdict in two or three sentences."""
+    first, second = found.first, found.second
+    name = first.distance_name
+    against = "best rival" if first.family == "kind" else "KIND's best setting"
+    if (first.family == "kind") == (second.family == "kind"):
+        against = "next one"
+    lead = f"{first.label} comes first with {name} {distance(first)}; the {against}, {second.label}, has {distance(second)}."
+    if math.isnan(found.spreads):
+        by = "With one seed there is no spread to measure the difference by."
+    elif found.clear:
+        by = f"The difference of {found.gap:.3g} is {found.spreads:.1f} times the larger spread."
+    else:
+        by = f"The difference of {found.gap:.2g} is within the spread ({found.spreads:.1f} of it): no clear winner."
+    if not math.isnan(first.floor):
+        by += f" Two sets of real images differ by {first.floor:.3g}."
+    if not math.isnan(first.accuracy_mean + second.accuracy_mean):
+        by += f" Class accuracy: {first.accuracy_mean:.3f} against {second.accuracy_mean:.3f}"
+        by += (
+            f" ({first.real_accuracy:.3f} on real images)."
+            if first.real_accuracy == first.real_accuracy
+            else "."
+        )
+    cost = (
+        f" Trained parameters: {short(first.trainable)} against {short(second.trainable)}; GMACs an image: "
+        f"{first.gmacs:.4g} against {second.gmacs:.4g}."
+    )
+    return f"{lead} {by}{cost}"
+
+
+def distance(row: Row) -> str:
+    """A row's distance with its spread."""
+    return with_spread(row.distance_mean, row.distance_spread, 1 if row.distance_mean >= 10 else 2)
+
+
+def accuracy(row: Row) -> str:
+    """A row's class accuracy with its spread."""
+    return with_spread(row.accuracy_mean, row.accuracy_spread, 3)
+
+
+def with_spread(mean: float, spread: float, digits: int) -> str:
+    """mean ± spread; the mean alone where there is one seed, nothing where there is no mean."""
+    if math.isnan(mean):
+        return ""
+    return f"{mean:.{digits}f}" if math.isnan(spread) else f"{mean:.{digits}f} ± {spread:.{digits}f}"
+
+
+def reached(curve: Sequence[tuple[float, float]], level: float) -> float | None:
+    """The first step of a curve of (step, distance) whose distance is at most a level."""
+    return next((step for step, value in curve if value <= level), None)
