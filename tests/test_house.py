@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from kindiff.config import DataConfig, PretrainConfig, TransferConfig, load_recipe
+from kindiff.config import AdaptConfig, DataConfig, PretrainConfig, TransferConfig, load_recipe
 from kindiff.study.demo import DEMOS
 from toys import kindiff_script, one_thread
 
@@ -201,7 +201,7 @@ def test_importing_the_package_is_light() -> None:
 
 
 def test_every_recipe_parses() -> None:
-    kinds = {"transfer": TransferConfig}
+    kinds = {"transfer": TransferConfig, "adapt": AdaptConfig}
     recipes = sorted((ROOT / "recipes").glob("*.toml"))
     assert len(recipes) >= 2
     for path in recipes:

@@ -27,7 +27,9 @@ COMMANDS = {
     "decompose": "take a model apart: learngenes and one tailor file per class",
     "recombine": "put a smaller model together from parts",
     "transfer": "teach parts new classes by training only fresh tailors",
+    "adapt": "teach a dense model new classes with a rival: LoRA and its kin, full fine-tuning, other learngenes",
     "sample": "draw images: a grid, or a folder",
+    "study": "compare methods over tasks, learning rates and seeds; tables and figures of the results",
     "evaluate": "score samples against a reference: FID, sFID, IS, precision, recall, KID",
     "report": "write one page about a run or a study: who won, tables, figures, samples, components",
     "classes": "show a class hierarchy, merge similar classes into groups, deal them out to tasks",
@@ -154,3 +156,7 @@ def _fail(sentence: str, code: int) -> int:
 def entry() -> None:
     """The console script."""
     sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    entry()

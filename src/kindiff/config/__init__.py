@@ -4,6 +4,7 @@ Every field's docstring is its help text on the command line. A part receives it
 """
 
 from kindiff.config.reading import from_dict, load_recipe, to_dict
+from kindiff.config.rivals import AdaptConfig, RivalConfig
 from kindiff.config.runs import (
     DataConfig,
     EncodeConfig,
@@ -26,6 +27,7 @@ from kindiff.config.shapes import (
 __all__ = [
     "DIT_SIZES",
     "MATRICES",
+    "AdaptConfig",
     "AutoencoderConfig",
     "BackboneConfig",
     "DataConfig",
@@ -35,6 +37,7 @@ __all__ = [
     "KindConfig",
     "ObjectiveConfig",
     "PretrainConfig",
+    "RivalConfig",
     "SampleConfig",
     "TrainConfig",
     "TransferConfig",

@@ -41,6 +41,8 @@ class DataConfig:
     """Only these classes, in this order; empty for all."""
     per_class: int = 0
     """At most this many images a class, the first ones; 0 for all (avatars: 400)."""
+    first: int = 0
+    """Leave out so many images of each class before those: held-out images are the later ones."""
     groups: str = ""
     """Merge classes into groups that then are the classes: `imagenet` (611 groups), `avatars`, or a JSON file
     made by `kindiff classes`."""
@@ -54,6 +56,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.split and not self.groups:
             raise UsageError(f"split {self.split!r} is a list of groups; say which with groups.")
+        if self.first and self.groups:
+            raise UsageError(f"first is {self.first}, but images of merged groups are taken from the start.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,10 @@ def open_samples(config: DataConfig) -> SampleSet:
     path = Path(config.source).expanduser()
     if not (path / LATENTS).is_file():
         return open_images(config)
+    if config.first:
+        raise UsageError(
+            f"first is {config.first}, but latents are taken from the start; encode the images apart."
+        )
     return LatentSet.open(path).select(config.classes, per_class=config.per_class)
 
 
@@ -42,7 +46,9 @@ def open_images(config: DataConfig) -> ImageSet:
         from kindiff.data.avatars import open_avatars
 
         group = config.source.removeprefix("avatars:")
-        return open_avatars(group, size=config.size, classes=config.classes, per_class=config.per_class)
+        return open_avatars(
+            group, size=config.size, classes=config.classes, per_class=config.per_class, first=config.first
+        )
     path = Path(config.source).expanduser()
     if (path / MANIFEST).is_file():
         images = open_prepared(path)
@@ -55,4 +61,4 @@ def open_images(config: DataConfig) -> ImageSet:
         from kindiff.data.folder import open_folder
 
         images = open_folder(path, size=config.size, classes=config.classes, strict=config.strict)
-    return images.select(config.classes, per_class=config.per_class)
+    return images.select(config.classes, per_class=config.per_class, first=config.first)

@@ -57,6 +57,7 @@ def fit(
     a window of steps out, config.rollbacks times, then raises NotFinite. Raises Interrupted after SIGINT or SIGTERM.
     """
     job = Job(samples=samples, objective=objective, config=config, flip=flip, run=run)
+    run.count(model)
     device = device_of(config.device)
     model.to(device).train()
     state = State.fresh(model, config, device)

@@ -1,6 +1,7 @@
 """A run's directory: what was asked, the metrics, checkpoints, and how a run is found again.
 
 run.json                    the config, the data's hash, versions, hardware
+parameters.json             how many the model has, and how many of them train
 metrics.jsonl               one line every few steps
 checkpoints/step-0000500/   model, ema and optimiser tensors, state.json; the newest two are kept, one at the end
 rollbacks.json, capsules/   steps that were left out because a number was not finite, and why
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kindiff import checkpoint, runtime
 from kindiff.errors import BadFileError, UsageError
@@ -111,6 +112,14 @@ class Run:
         if path.is_file():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
             checkpoint.write_file(path, "".join(line + "\n" for line in kept).encode())
+
+    def count(self, model: nn.Module) -> None:
+        """Write parameters.json: numbers of the model as it trains."""
+        numbers = {"all": 0, "trainable": 0}
+        for parameter in model.parameters():
+            numbers["all"] += parameter.numel()
+            numbers["trainable"] += parameter.numel() * parameter.requires_grad
+        checkpoint.write_json(self.folder / "parameters.json", numbers)
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl."""

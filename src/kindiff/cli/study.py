@@ -1,0 +1,94 @@
+"""kindiff study"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from kindiff.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Compare methods: tasks x methods x learning rates x seeds, described by a folder of TOML files. To resume, run
+    the same command again; several may run at once, on machines that share the folders."""
+
+    action: tyro.conf.Positional[Literal["run", "table", "plot", "plan"]]
+    """run: train and score what is missing. table: Markdown tables of the results. plot: figures (PNG). plan: what is
+    left to do."""
+    study: tyro.conf.Positional[Path]
+    """The study's folder, with study.toml, tasks/ and methods/; results go to STUDY/results."""
+    work: Path = Path("runs/studies")
+    """Working folder of bases, runs and models."""
+    workers: int = 1
+    """Processes; cores and GPUs are shared out among them."""
+    only: tuple[str, ...] = ()
+    """Only tasks or methods of these names."""
+    sweep: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """table: the learning rates that were tried, instead of the scores."""
+    out: Path | None = None
+    """plot: folder of the figures; STUDY/figures when not given."""
+
+
+def run(args: Args) -> None:
+    """Run, or print."""
+    from kindiff.study.config import read_study
+
+    study = read_study(args.study)
+    names = {*study.tasks, *study.methods}
+    if unknown := set(args.only) - names:
+        raise UsageError(
+            f"--only {min(unknown)!r} is no task or method of the study; it has {', '.join(sorted(names))}."
+        )
+    if args.workers < 1:
+        raise UsageError(f"workers is {args.workers}; it must be at least 1.")
+    if args.action == "run":
+        from kindiff.study.runner import run_alone, run_workers
+
+        if args.workers == 1:
+            run_alone(study, args.work.absolute(), only=args.only)
+            print(study.results)
+            return
+        command = [
+            sys.executable,
+            "-m",
+            "kindiff.cli.main",
+            "study",
+            "run",
+            str(args.study),
+            "--work",
+            str(args.work),
+        ]
+        command += ["--only", *args.only] if args.only else []
+        if failed := run_workers(study, args.work.absolute(), workers=args.workers, command=command):
+            raise ChildProcessError(
+                f"{failed} of {args.workers} workers failed; {args.work / study.name}/worker-*.log say why."
+            )
+        print(study.results)
+        return
+    if args.action == "plan":
+        from kindiff.study.runner import pending
+
+        for work in pending(study, args.only):
+            print(f"{work.cell.name}{'  score' if work.test else ''}")
+        return
+    from kindiff.study.records import read_records
+
+    records = [r for r in read_records(study.results) if not args.only or {r.task, r.method} & set(args.only)]
+    if not records:
+        raise FileNotFoundError(
+            f"{study.results} holds no result yet; `kindiff study run {args.study}` makes them."
+        )
+    if args.action == "table":
+        from kindiff.study.tables import markdown, sweep_markdown
+
+        print(sweep_markdown(records) if args.sweep else markdown(records))
+        return
+    from kindiff.study.plots import plot
+
+    for path in plot(records, args.out or study.folder / "figures"):
+        print(path)

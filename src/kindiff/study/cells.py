@@ -1,0 +1,191 @@
+"""One cell of a study: its base, its training, its scores, its record. Each part looks first whether it is there."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kindiff import runtime
+from kindiff.checkpoint import read_json
+from kindiff.components import decompose, save_components
+from kindiff.config import DataConfig, TransferConfig, to_dict
+from kindiff.data import open_images
+from kindiff.evaluate import reference as references
+from kindiff.evaluate.cost import cost_table, total
+from kindiff.evaluate.features import Features
+from kindiff.evaluate.generated import GeneratedImages
+from kindiff.evaluate.protocol import Score
+from kindiff.evaluate.run import evaluate
+from kindiff.evaluate.sources import from_set
+from kindiff.pipeline import DiTPipeline
+from kindiff.study.config import Cell, Study
+from kindiff.study.grid import Work
+from kindiff.study.records import Figures, Record, read_records, write_record
+from kindiff.train import adapt, pretrain, transfer
+from kindiff.train.rollback import NotFinite
+
+VALIDATION_SEED = 1000
+"""Samples for choosing a rate have other noise than those for the score."""
+
+
+@contextlib.contextmanager
+def claim(path: Path) -> Iterator[bool]:
+    """Whether this process alone holds the name for now; a killed process holds nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Where the cells of a study are run."""
+
+    study: Study
+    work: Path
+    """Working folder: runs and models, shared by studies that share bases."""
+    features: Features
+    device: str
+
+    @property
+    def locks(self) -> Path:
+        return self.work / "locks"
+
+    def do(self, work: Work) -> bool:
+        """One piece of work; False when another process is at it, or at its base."""
+        base = self.study.methods[work.cell.method].base
+        with claim(self.locks / f"{self.study.name}--{work.cell.name}") as mine:
+            if not mine:
+                return False
+            with claim(self.locks / base) as free:
+                if free:
+                    self.prepare(base)
+                elif not self.prepared(base):
+                    return False
+            record = self.record_of(work.cell) or self.train(work.cell)
+            if work.test and record.test is None and not record.failed:
+                record = record.with_test(self.score(record, "test"))
+            write_record(self.study.results, record)
+        return True
+
+    def record_of(self, cell: Cell) -> Record | None:
+        """What was written of a cell before."""
+        return next((r for r in read_records(self.study.results, cell.name) if r.cell == cell), None)
+
+    def prepared(self, base: str) -> bool:
+        """Whether a base is trained and, where it can be, taken apart."""
+        kind = self.study.bases[base].method == "kind"
+        last = "parts" if kind else "model"
+        return (self.work / "bases" / base / last / "config.json").is_file()
+
+    def prepare(self, base: str) -> None:
+        """Pre-train a base and take it apart; or do nothing where that is done."""
+        if self.prepared(base):
+            return
+        folder, recipe = self.work / "bases" / base, self.study.bases[base]
+        recipe = replace(recipe, train=replace(recipe.train, device=self.device))
+        trained = pretrain(recipe, folder)
+        if recipe.method == "kind":
+            save_components(decompose(trained.model), folder / "parts")
+
+    def train(self, cell: Cell) -> Record:
+        """Train a cell and score it on the validation images."""
+        method, task = self.study.methods[cell.method], self.study.tasks[cell.task]
+        recipe = method.recipe(task, cell.lr, cell.seed)
+        base, folder = self.work / "bases" / method.base, self.work / self.study.name / cell.name
+        running = replace(recipe, train=replace(recipe.train, device=self.device))
+        failed = ""
+        try:
+            if isinstance(running, TransferConfig):
+                transfer(base / "parts", running, folder)
+            else:
+                adapt(base / "model", running, folder)
+        except NotFinite as error:
+            failed = str(error).split(";")[0]
+        run = read_json(folder / "run.json")
+        pipeline = DiTPipeline.from_pretrained(base / "model" if failed else folder / "model")
+        cost = total(cost_table(pipeline.model))
+        seconds, loss = _logged(folder)
+        record = Record(
+            study=self.study.name,
+            task=cell.task,
+            method=cell.method,
+            lr=cell.lr,
+            seed=cell.seed,
+            label=method.label,
+            family=method.family,
+            budget=method.budget,
+            base=method.base,
+            config=to_dict(recipe),
+            trainable=read_json(folder / "parameters.json")["trainable"],
+            parameters=cost.parameters,
+            gmacs=cost.macs / 1e9,
+            steps=recipe.train.steps,
+            batch=recipe.train.batch,
+            train_seconds=seconds,
+            final_loss=loss,
+            failed=failed,
+            provenance={
+                "versions": runtime.versions(),
+                "hardware": runtime.hardware(),
+                "run": run["description"],
+                "test": to_dict(task.test),
+                "validation": to_dict(task.validation),
+                "sample": to_dict(self.study.config.sample),
+            },
+            model=str((folder / "model").relative_to(self.work)),
+        )
+        if failed:
+            return record
+        return replace(record, validation=Figures.of(self.score(record, "validation")))
+
+    def score(self, record: Record, which: str) -> Score:
+        """Draw from a finished cell and compare with its task's validation or test images."""
+        task, config = self.study.tasks[record.task], self.study.config
+        validation = which == "validation"
+        reference = self.reference(task.validation if validation else task.test)
+        model = self.work / record.model
+        classes = len(DiTPipeline.from_pretrained(model).model.classes)
+        samples = GeneratedImages(
+            model,
+            classes * (config.validation_per_class if validation else config.test_per_class),
+            replace(
+                config.sample,
+                seed=config.sample.seed + record.seed + (VALIDATION_SEED if validation else 0),
+                device=self.device,
+            ),
+        )
+        work = model.parent / f"features-{which}"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of few images: every table prints the floor and N
+            score = evaluate(samples, reference, self.features, work=work, sampler=samples.sampler)
+        shutil.rmtree(work)
+        return score
+
+    def reference(self, data: DataConfig) -> references.Reference:
+        """Statistics of real images, made once and kept in the cache."""
+        images = from_set(open_images(data), data.source)
+        with (self.locks / "references").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            return references.build(images, self.features, runtime.cache_folder() / "references")
+
+
+def _logged(folder: Path) -> tuple[float, float | None]:
+    """Seconds of training and the last logged loss, from a run's metrics."""
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    seconds, before = 0.0, 0
+    for line in lines:
+        seconds += (line["images"] - before) / line["images_per_second"]
+        before = line["images"]
+    return round(seconds, 2), lines[-1]["loss"] if lines else None

@@ -1,0 +1,58 @@
+"""Which cells of a study are left to do: rates are tried with the first seed, the best goes on with all seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kindiff.study.config import Cell, Study
+from kindiff.study.records import Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Something to do for a cell."""
+
+    cell: Cell
+    test: bool
+    """Whether it is to be scored on the test images; else training and validation are enough."""
+
+
+def best_rate(records: Sequence[Record]) -> float | None:
+    """The learning rate with the lowest validation distance, of one task's and method's records of one seed."""
+    scored = [r for r in records if r.validation is not None]
+    return min(scored, key=lambda r: r.validation.distance).lr if scored else None  # type: ignore[union-attr]
+
+
+def left(study: Study, records: Sequence[Record]) -> list[Work]:
+    """What is missing, in the order to do it in: seed by seed, so that a study cut short compares all methods."""
+    done = {r.cell: r for r in records}
+    first, *others = study.config.seeds
+    stages: list[list[Work]] = [[] for _ in range(1 + len(study.config.seeds))]
+    for task, method in study.pairs():
+        sweep = [Cell(task=task, method=method, lr=lr, seed=first) for lr in study.config.lrs]
+        if missing := [cell for cell in sweep if cell not in done]:
+            stages[0] += [Work(cell=cell, test=False) for cell in missing]
+            continue
+        lr = best_rate([done[cell] for cell in sweep])
+        if lr is None:
+            continue  # failed at every rate
+        for stage, seed in enumerate((first, *others), start=1):
+            cell = Cell(task=task, method=method, lr=lr, seed=seed)
+            if cell not in done or (done[cell].test is None and not done[cell].failed):
+                stages[stage].append(Work(cell=cell, test=True))
+    return [work for stage in stages for work in stage]
+
+
+def done(study: Study, records: Sequence[Record]) -> int:
+    """Units of work that are done, of study.units."""
+    known = {r.cell: r for r in records}
+    count = 0
+    for task, method in study.pairs():
+        for seed in study.config.seeds:
+            for lr in study.config.lrs:
+                record = known.get(Cell(task=task, method=method, lr=lr, seed=seed))
+                count += (record is not None and seed == study.config.seeds[0]) + (
+                    record is not None and record.test is not None
+                )
+    return count

@@ -1,0 +1,78 @@
+"""Figures of a study, made of its records alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kindiff.study.records import Record
+from kindiff.study.tables import Row, best_rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = {
+    "kind": "#c2410c",
+    "full": "#374151",
+    "peft": "#1d4ed8",
+    "learngene": "#15803d",
+    "scratch": "#9ca3af",
+}
+"""Of a family of methods, in every figure."""
+
+
+def plot(records: Sequence[Record], folder: Path) -> list[Path]:
+    """Write a figure for each task (distance against trainable parameters and against GMACs) and, where tasks differ
+    in their steps alone, one of distance against steps; returns their paths."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    rows = best_rows(records)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for task in dict.fromkeys(row.task for row in rows):
+        own = [row for row in rows if row.task == task]
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+        _scatter(axes[0], own, [row.trainable for row in own], "trainable parameters")
+        _scatter(axes[1], own, [row.gmacs * 1000 for row in own], "inference, million MACs an image")
+        axes[0].set_ylabel(f"{own[0].distance_name}, lower is better")
+        figure.suptitle(f"{task}: each method at its best rate, {own[0].seeds} seeds")
+        paths.append(folder / f"{task}.png")
+        figure.savefig(paths[-1], dpi=120)
+        plt.close(figure)
+    for name, lines in _by_steps(rows).items():
+        figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+        for own in lines:
+            axis.errorbar(
+                [row.steps for row in own], [row.distance_mean for row in own],
+                yerr=[row.distance_spread if row.seeds > 1 else 0.0 for row in own],
+                color=COLOURS[own[0].family], marker="o", markersize=4, capsize=2, label=own[0].label,
+            )  # fmt: skip
+        axis.set(xscale="log", yscale="log", xlabel="steps", ylabel=lines[0][0].distance_name)
+        axis.legend(fontsize=8)
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1], dpi=120)
+        plt.close(figure)
+    return paths
+
+
+def _scatter(axis: Axes, rows: Sequence[Row], x: Sequence[float], label: str) -> None:
+    for row, at in zip(rows, x, strict=True):
+        spread = row.distance_spread if row.seeds > 1 else 0.0
+        axis.errorbar(at, row.distance_mean, yerr=spread, fmt="o", color=COLOURS[row.family], capsize=2)
+        axis.annotate(row.label, (at, row.distance_mean), (4, 3), textcoords="offset points", fontsize=7)
+    axis.axhline(rows[0].floor, color="#9ca3af", linestyle=":", linewidth=1)
+    axis.set(xscale="log", yscale="log", xlabel=label)
+
+
+def _by_steps(rows: Sequence[Row]) -> dict[str, list[list[Row]]]:
+    """Lines of methods over tasks that are named NAME-STEPSs and differ in their steps: NAME -> a line a method."""
+    found: dict[str, dict[str, list[Row]]] = {}
+    for row in sorted(rows, key=lambda row: row.steps):
+        if row.task.endswith(f"-{row.steps}s"):
+            of_name = found.setdefault(row.task.removesuffix(f"-{row.steps}s"), {})
+            of_name.setdefault(row.method, []).append(row)
+    return {name: list(lines.values()) for name, lines in found.items()}

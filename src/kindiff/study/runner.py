@@ -1,0 +1,73 @@
+"""Running a study: processes that each take the next cell nobody is at, until none is left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from kindiff import runtime
+from kindiff.progress import Track, say
+from kindiff.study.cells import Bench
+from kindiff.study.config import Study
+from kindiff.study.grid import Work, done, left
+from kindiff.study.records import read_records
+
+PAUSE = 2.0
+"""Seconds between looks at what the others have done."""
+
+
+def pending(study: Study, only: tuple[str, ...]) -> list[Work]:
+    """What is left to do; `only`: of tasks or methods of these names."""
+    works = left(study, read_records(study.results))
+    return [w for w in works if not only or {w.cell.task, w.cell.method} & set(only)]
+
+
+def run_alone(study: Study, work: Path, *, only: tuple[str, ...] = ()) -> None:
+    """Do what is left in this process, beside others that may be doing the same."""
+    from kindiff.evaluate.lite0 import Lite0Features
+
+    device = str(runtime.device_of("auto"))
+    bench = Bench(study=study, work=work, features=Lite0Features.load(device=device), device=device)
+    while works := pending(study, only):
+        for piece in works:
+            say(f"{piece.cell.name}{': score' if piece.test else ''}")
+            if bench.do(piece):
+                break
+        else:
+            time.sleep(PAUSE)  # the rest is in other hands
+
+
+def run_workers(study: Study, work: Path, *, workers: int, command: Sequence[str]) -> int:
+    """Several processes that each run `command` (one that ends in run_alone), threads and GPUs shared out among them;
+    returns the number that failed.
+
+    Each writes what it says to WORK/STUDY/worker-I.log. Killed, the same call goes on where it was.
+    """
+    import torch
+
+    logs = work / study.name
+    logs.mkdir(parents=True, exist_ok=True)
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    gpus = torch.cuda.device_count()
+    processes = []
+    for i in range(workers):
+        own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        if gpus:
+            own["CUDA_VISIBLE_DEVICES"] = str(i % gpus)
+        with (logs / f"worker-{i}.log").open("a") as log:
+            processes.append(subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log))
+    try:
+        with Track(
+            study.name, study.units, unit="cells", done=done(study, read_records(study.results))
+        ) as track:
+            while any(process.poll() is None for process in processes):
+                time.sleep(PAUSE)
+                if now := done(study, read_records(study.results)) - track.done:
+                    track.advance(now)
+    finally:
+        for process in processes:
+            process.terminate()  # it saves its checkpoint; nothing where it has ended
+    return sum(process.wait() != 0 for process in processes)

@@ -1,0 +1,183 @@
+"""Tables of a study, made of its records alone."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from kindiff.study.grid import best_rate
+from kindiff.study.records import Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A method on a task at its best learning rate: means over seeds, spreads are standard deviations."""
+
+    task: str
+    method: str
+    label: str
+    family: str
+    budget: str
+    lr: float
+    bracketed: bool
+    """Whether a lower and a higher rate were tried and were worse."""
+    seeds: int
+    """Seeds that were scored."""
+    distance_name: str
+    distance_mean: float
+    distance_spread: float
+    accuracy_mean: float
+    accuracy_spread: float
+    precision_mean: float
+    recall_mean: float
+    floor: float
+    real_accuracy: float
+    trainable: int
+    gmacs: float
+    steps: int
+    count: int
+    """Samples of a score."""
+
+
+def best_rows(records: Sequence[Record]) -> list[Row]:
+    """One row for each task and method with a score, best first within a task."""
+    rows = []
+    for task, method in dict.fromkeys((r.task, r.method) for r in records):
+        own = [r for r in records if (r.task, r.method) == (task, method)]
+        swept = [r for r in own if r.validation is not None and r.seed == _first_seed(own)]
+        lr = best_rate(swept)
+        scored = [r for r in own if r.lr == lr and r.test is not None]
+        if lr is None or not scored:
+            continue
+        tests = [r.test for r in scored if r.test is not None]
+        tried = sorted(r.lr for r in own if r.seed == _first_seed(own))
+        distances = [t.distance for t in tests]
+        accuracies = _known(t.accuracy for t in tests)
+        one = scored[0]
+        rows.append(
+            Row(
+                task=task,
+                method=method,
+                label=one.label,
+                family=one.family,
+                budget=one.budget,
+                lr=lr,
+                bracketed=tried[0] < lr < tried[-1],
+                seeds=len(tests),
+                distance_name=tests[0].distance_name,
+                distance_mean=statistics.mean(distances),
+                distance_spread=_spread(distances),
+                accuracy_mean=_mean(accuracies),
+                accuracy_spread=_spread(accuracies),
+                precision_mean=_mean(_known(t.precision for t in tests)),
+                recall_mean=_mean(_known(t.recall for t in tests)),
+                floor=_mean(_known(t.floor for t in tests)),
+                real_accuracy=_mean(_known(t.real_accuracy for t in tests)),
+                trainable=one.trainable,
+                gmacs=one.gmacs,
+                steps=one.steps,
+                count=tests[0].count,
+            )
+        )
+    return sorted(rows, key=lambda row: (row.task, row.distance_mean))
+
+
+def sweep(records: Sequence[Record]) -> dict[tuple[str, str], dict[float, float]]:
+    """For each task and method the validation distance at each rate (first seed); nan where training failed."""
+    table: dict[tuple[str, str], dict[float, float]] = {}
+    for r in sorted(records, key=lambda r: (r.task, r.method, r.lr)):
+        own = [o for o in records if (o.task, o.method) == (r.task, r.method)]
+        if r.seed == _first_seed(own):
+            rates = table.setdefault((r.task, r.method), {})
+            rates[r.lr] = r.validation.distance if r.validation else math.nan
+    return table
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """The tables of a study: for each task the methods, best first; then the sweep of learning rates."""
+    rows = best_rows(records)
+    blocks = []
+    for task in dict.fromkeys(row.task for row in rows):
+        own = [row for row in rows if row.task == task]
+        first = own[0]
+        seeds = sorted({row.seeds for row in own})
+        blocks.append(
+            f"**{task}**: {first.distance_name} and class accuracy of {first.count} samples, "
+            f"{'/'.join(map(str, seeds))} seeds; real against real {first.floor:.1f} and {first.real_accuracy:.3f}.\n\n"
+            + _grid(
+                (
+                    "method",
+                    first.distance_name,
+                    "accuracy",
+                    "precision",
+                    "recall",
+                    "trainable",
+                    "GMACs",
+                    "rate",
+                ),
+                [
+                    (
+                        row.label,
+                        f"{row.distance_mean:.1f} ± {row.distance_spread:.1f}",
+                        f"{row.accuracy_mean:.3f} ± {row.accuracy_spread:.3f}",
+                        f"{row.precision_mean:.2f}",
+                        f"{row.recall_mean:.2f}",
+                        f"{row.trainable / 1000:.1f}k",
+                        f"{row.gmacs:.4f}",
+                        f"{row.lr:g}{'' if row.bracketed else ' (edge)'}",
+                    )
+                    for row in own
+                ],
+            )
+        )
+    return "\n\n".join(blocks)
+
+
+def sweep_markdown(records: Sequence[Record]) -> str:
+    """Validation distances at every learning rate, the appendix of a study."""
+    labels = {r.method: r.label for r in records}
+    table = sweep(records)
+    rates = sorted({rate for of_method in table.values() for rate in of_method})
+    blocks = []
+    for task in dict.fromkeys(task for task, _ in table):
+        lines = []
+        for (t, method), found in table.items():
+            if t == task:
+                best = min(found.values(), key=lambda d: math.inf if math.isnan(d) else d)
+                cells = [found.get(rate) for rate in rates]
+                lines.append((labels[method], *(_swept(cell, best) for cell in cells)))
+        blocks.append(f"**{task}**\n\n" + _grid(("method", *(f"{rate:g}" for rate in rates)), lines))
+    return "\n\n".join(blocks)
+
+
+def _swept(distance: float | None, best: float) -> str:
+    if distance is None:
+        return ""
+    if math.isnan(distance):
+        return "failed"
+    return f"**{distance:.1f}**" if distance == best else f"{distance:.1f}"
+
+
+def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _first_seed(records: Iterable[Record]) -> int:
+    """The seed that rates were tried with: the one with the most of them, the lowest of those."""
+    seeds = [r.seed for r in records]
+    return min(set(seeds), key=lambda seed: (-seeds.count(seed), seed))
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.mean(values) if values else math.nan
+
+
+def _spread(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else math.nan
