@@ -63,8 +63,9 @@ def chart(
 ) -> str:
     """A figure: series of one point are labelled markers, the others lines named at their end.
 
-    rule: a level with a name, drawn across. front: join the first points that no other beats in both (lower is better). Points that are not finite, or not above zero on a logarithmic axis,
-    are left out; with none left the figure says so.
+    rule: a level with a name, drawn across. front: join the first points of series that no other beats in both
+    (lower is better). Points that are not finite, or not above zero on a logarithmic axis, are left out; with none
+    left the figure says so.
     """
     kept = [s for s in (_drawable(s, x, y) for s in series) if s.points]
     if not kept:
@@ -75,7 +76,7 @@ def chart(
     heights = [v + sign * bar for v, bar in bars for sign in (-1, 1)]
     if rule and not (y.log and rule[0] <= 0):
         heights.append(rule[0])
-    right = WIDTH - RIGHT - (LABELS if lines else 0)
+    right = WIDTH - RIGHT - (LABELS if lines and len(kept) > 1 else 0)
     across = _scale([a for s in kept for a, _ in s.points], LEFT, right, x.log)
     up = _scale([v for v in heights if v > 0 or not y.log], HEIGHT - BOTTOM, TOP, y.log)
     parts = [*_axes(across, up, x, y, right)]
@@ -88,7 +89,10 @@ def chart(
         parts.append(f'<polyline class="front" points="{path}"/>')
     for s in sorted(kept, key=lambda s: s.strong):  # what is strong lies on top
         parts.append(_marks(s, across, up, x, y))
-    parts += _end_labels(kept, across, up) if lines else _point_labels(kept, across, up, right)
+    if lines and len(kept) > 1:
+        parts += _end_labels(kept, across, up)
+    elif not lines:
+        parts += _point_labels(kept, across, up, right)
     return figure(title, f"{y.name} against {x.name}", "".join(parts), width=WIDTH, height=HEIGHT)
 
 

@@ -26,7 +26,7 @@ th button:focus-visible, #theme:focus-visible { outline: 2px solid var(--s0); }
 th button::after { content: "\\2195"; opacity: .35; padding-left: .25em; }
 th[aria-sort=ascending] button::after { content: "\\2191"; opacity: 1; }
 th[aria-sort=descending] button::after { content: "\\2193"; opacity: 1; }
-.sheet td, .sheet th { text-align: left; padding: .15rem .4rem; border: 0; }
+.sheet td, .sheet th { text-align: left; padding: .15rem .4rem; border: 0; vertical-align: middle; }
 .sheet img { display: block; image-rendering: pixelated; border-radius: 3px; background: var(--tint); }
 .sheet th[scope=row] { position: sticky; left: 0; background: var(--paper); color: var(--ink); font-weight: 400; }
 .wide td, .wide th { padding: .1rem .2rem; } .wide thead th { font-weight: 400; font-size: .75rem; }

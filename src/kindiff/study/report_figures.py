@@ -9,7 +9,7 @@ from kindiff.report.charts import Axis, Series, chart
 from kindiff.report.page import Cell, sortable
 from kindiff.report.svg import short
 from kindiff.study.records import Record
-from kindiff.study.report_words import FAMILIES, accuracy, budgets, distance, reached, verdict
+from kindiff.study.report_words import FAMILIES, accuracy, budgets, distance, verdict
 from kindiff.study.tables import Row
 
 
@@ -79,7 +79,7 @@ def pareto(rows: Sequence[Row], *, title: str, against: Mapping[str, float], axi
         Series(
             name=row.label,
             points=[(against[row.method], row.distance_mean)],
-            spreads=[0.0 if math.isnan(row.distance_spread) else row.distance_spread],
+            spreads=[_known(row.distance_spread)],
             colour=colour(row.family),
             strong=row.family == "kind",
         )
@@ -88,43 +88,23 @@ def pareto(rows: Sequence[Row], *, title: str, against: Mapping[str, float], axi
     return chart(title, series, x=axis, y=Axis(name=rows[0].distance_name), rule=_floor(rows), front=True)
 
 
-def curves(
-    rows: Sequence[Row], points: Mapping[str, Sequence[tuple[float, float]]], *, title: str, axis: Axis
-) -> str:
-    """Distance during training, a line for each method that was watched."""
+def courses(lines: Sequence[Sequence[Row]], *, title: str) -> str:
+    """Distance against steps: for each method its rows over tasks that differ in their steps alone."""
     return chart(
         title,
         [
-            Series(name=r.label, points=points[r.method], colour=colour(r.family), strong=r.family == "kind")
-            for r in rows
-            if points.get(r.method)
+            Series(
+                name=own[0].label,
+                points=[(row.steps, row.distance_mean) for row in own],
+                spreads=[_known(row.distance_spread) for row in own],
+                colour=colour(own[0].family),
+                strong=own[0].family == "kind",
+            )
+            for own in lines
         ],
-        x=axis,
-        y=Axis(name=rows[0].distance_name, log=True),
-        rule=_floor(rows),
-    )
-
-
-def convergence(rows: Sequence[Row], points: Mapping[str, Sequence[tuple[float, float]]]) -> str:
-    """In a sentence, when KIND reaches the best rival's last score; empty where that was not watched."""
-    watched = [row for row in rows if points.get(row.method)]
-    kind = next((row for row in watched if row.family == "kind"), None)
-    rival = min(
-        (row for row in watched if row.family != "kind"),
-        key=lambda row: points[row.method][-1][1],
-        default=None,
-    )
-    if kind is None or rival is None:
-        return ""
-    last, level = points[rival.method][-1]
-    step = reached(points[kind.method], level)
-    if step is None:
-        return (
-            f"{kind.label} does not reach the {level:.3g} that {rival.label} has at its last step, {last:g}."
-        )
-    return (
-        f"{kind.label} is at the {level:.3g} that {rival.label} has at its last step, {last:g}, by step {step:g}: in "
-        f"{step / last:.2f} of the steps."
+        x=Axis(name="steps", log=True),
+        y=Axis(name=lines[0][0].distance_name, log=True),
+        rule=_floor(lines[0]),
     )
 
 
@@ -146,13 +126,6 @@ def rates(rows: Sequence[Row], swept: Mapping[tuple[str, str], Mapping[float, fl
     )
 
 
-def curves_of(records: Sequence[Record], row: Row) -> list[tuple[float, float]]:
-    """(step, distance) of a row's first seed at its rate, where the training was watched."""
-    own = [r for r in records if (r.task, r.method, r.lr) == (row.task, row.method, row.lr)]
-    watched = sorted((r for r in own if r.curve), key=lambda r: r.seed)
-    return [(float(p["step"]), float(p["distance"])) for p in watched[0].curve] if watched else []
-
-
 def legend(rows: Sequence[Row]) -> str:
     """What the colours stand for."""
     present = [family for family in FAMILIES if family in {row.family for row in rows}]
@@ -169,6 +142,10 @@ def costs(records: Sequence[Record], rows: Sequence[Row]) -> dict[str, float]:
 def _floor(rows: Sequence[Row]) -> tuple[float, str] | None:
     known = [row.floor for row in rows if not math.isnan(row.floor)]
     return (min(known), f"floor: real against real, {short(min(known))}") if known else None
+
+
+def _known(spread: float) -> float:
+    return 0.0 if math.isnan(spread) else spread
 
 
 def _number(text: str, order: float) -> Cell:

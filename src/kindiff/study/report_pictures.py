@@ -104,10 +104,9 @@ def neighbours_sheet(
     return [
         heading("Are samples copies of training images?", 3),
         paragraph(
-            f"{label}: of {len(own)} samples, {copies} are within a quarter of the distance that real images unseen in "
-            f"training keep from their nearest training image. The median sample is {ratio:.2f} times as far from its "
-            "nearest training image as those real images are (below 1: closer). Shown is the closest pair of every class; "
-            "distance over pixels, mirror images included."
+            f"{label}: the median of {len(own)} samples is {ratio:.2f} times as far from its nearest training image as "
+            f"real images that were not trained on are (below 1: closer); {copies} samples are within a quarter of "
+            "that distance. Shown is the closest pair of every class; mirror images count, distances are over pixels."
         ),
         sheet(
             names,

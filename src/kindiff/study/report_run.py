@@ -18,8 +18,10 @@ from kindiff.progress import Track
 from kindiff.report.charts import Axis, Series, chart
 from kindiff.report.page import figures, folded, heading, page, paragraph, sheet, table
 from kindiff.study.report_components import components_view, has_several, has_tailors
-from kindiff.study.report_pictures import CLASSES, exchange_sheet, images_of, pipeline_at, zoom_of
+from kindiff.study.report_pictures import exchange_sheet, images_of, pipeline_at, zoom_of
 
+CLASSES = 40
+"""Rows of the sheet at most."""
 STRIP = 4
 """Samples of each class."""
 WORDS = {
@@ -42,13 +44,14 @@ def run_page(folder: Path) -> str:
     lines = metrics(folder / "metrics.jsonl")
     pipeline = pipeline_at(folder / "model")
     done = lines[-1]["step"] if lines else 0
-    classes = len(pipeline.model.classes) if pipeline else 0
-    said = f"{WORDS.get(command, command)}: {done:g} of {steps} steps of {config['train']['batch']} images from {data.source}"
+    batch = config["train"]["batch"]
+    said = f"{WORDS.get(command, command)}: {done:g} of {steps} steps of {batch} images from {data.source}"
     if lines:
         said += f"; loss {lines[0]['loss']:.4f} at first, {lines[-1]['loss']:.4f} at last"
     if pipeline is not None:
         cost = total(cost_table(pipeline.model))
-        said += f". The model has {classes} classes, {cost.parameters:,} parameters and {cost.macs / 1e9:.4f} GMACs an image"
+        said += f". The model has {len(pipeline.model.classes)} classes, {cost.parameters:,} parameters and "
+        said += f"{cost.macs / 1e9:.4f} GMACs an image"
     body = [heading(f"Run {folder.resolve().name}", 1), paragraph(f"{said}.")]
     if pipeline is None:
         body.append(paragraph("The run is not finished, so there are no samples and components to show yet."))
@@ -94,7 +97,8 @@ def _course(lines: list[dict[str, float]]) -> str:
 
 
 def _pictures(pipeline: DiTPipeline, data: DataConfig) -> list[str]:
-    names = pipeline.model.classes.names[:CLASSES]
+    every = pipeline.model.classes.names
+    names = every[:CLASSES]
     ids = [i for i in range(len(names)) for _ in range(STRIP)]
     config = SampleConfig(batch=128)
     real = images_of(data)
@@ -109,22 +113,15 @@ def _pictures(pipeline: DiTPipeline, data: DataConfig) -> list[str]:
     if isinstance(real, ImageSet):
         columns.insert(0, "real")
         strips.insert(0, [real.select([name], per_class=STRIP).images for name in names])
-    shown = (
-        f"The first {len(names)} of {len(pipeline.model.classes)} classes"
-        if len(pipeline.model.classes) > CLASSES
-        else "Every class"
-    )
+    shown = f"The first {len(names)} of {len(every)} classes" if len(every) > len(names) else "Every class"
+    lines = [(name, [column[i] for column in strips]) for i, name in enumerate(names)]
     return [
         heading("Samples"),
         paragraph(
             f"{shown}; guidance {config.guidance}, {config.steps} steps, seed {config.seed}, none picked."
         ),
         *([] if isinstance(real, ImageSet) else [paragraph(real, soft=True)]),
-        sheet(
-            columns,
-            [(name, [s[i] for s in strips]) for i, name in enumerate(names)],
-            zoom=zoom_of(strips[-1][0].shape[1]),
-        ),
+        sheet(columns, lines, zoom=zoom_of(strips[-1][0].shape[1])),
         *(exchange_sheet(pipeline, config, real) if has_several(pipeline.model) else []),
     ]
 

@@ -16,6 +16,7 @@ from kindiff.report.page import bullets, figures, folded, heading, page, paragra
 from kindiff.study import report_figures as made
 from kindiff.study.config import Study, read_study
 from kindiff.study.grid import left
+from kindiff.study.plots import by_steps
 from kindiff.study.records import Record, read_records
 from kindiff.study.report_components import components_view, has_several, has_tailors
 from kindiff.study.report_pictures import (
@@ -29,7 +30,7 @@ from kindiff.study.report_pictures import (
     pipeline_at,
     zoom_of,
 )
-from kindiff.study.report_words import sentence, verdict
+from kindiff.study.report_words import convergence, sentence, verdict
 from kindiff.study.tables import Row, best_rows, sweep
 
 
@@ -76,7 +77,7 @@ def study_page(folder: Path, *, work: Path) -> str:
     rows = best_rows(records)
     if not rows:
         raise UsageError(
-            f"{study.results} has no scored cell yet; run `kindiff study run {folder}` first, then make the report again."
+            f"{study.results} has no scored cell yet; run `kindiff study run {folder}`, then make the report."
         )
     m = Material(study, records, rows, work)
     body = [*_first_screen(m), *_tasks(m), *_pictures(m), *_bases(m), *_appendix(m)]
@@ -84,30 +85,37 @@ def study_page(folder: Path, *, work: Path) -> str:
 
 
 def _first_screen(m: Material) -> list[str]:
-    one, config = m.rows[0], m.study.config
-    several = len(m.tasks) > 1
+    verdicts = {task: verdict(rows) for task, rows in m.tasks.items()}
+    open_work = len(left(m.study, m.records))
+    unfinished = f"The study is not finished: {open_work} pieces of work are left (`kindiff study plan`)."
+    return [
+        heading(m.study.config.title, 1),
+        paragraph(m.study.config.question),
+        bullets([f"{m.label(task)}: {sentence(found)}" for task, found in verdicts.items() if found]),
+        made.winners(m.tasks, m.labels),
+        *map(paragraph, _protocol(m)),
+        *([paragraph(unfinished)] if open_work else []),
+    ]
+
+
+def _protocol(m: Material) -> list[str]:
+    """What was compared and how, for a reader who has not seen the project."""
+    one = m.rows[0]
     base = m.record(one).base
     start = m.study.bases[base].data.source if base in m.study.bases else base
     seeds = max(row.seeds for row in m.rows)
-    verdicts = {task: verdict(rows) for task, rows in m.tasks.items()}
-    open_work = len(left(m.study, m.records))
+    methods, tasks = len({row.method for row in m.rows}), len(m.tasks)
     return [
-        heading(config.title, 1),
-        paragraph(config.question),
-        bullets([f"{m.label(task)}: {sentence(found)}" for task, found in verdicts.items() if found]),
-        made.winners(m.tasks, m.labels),
-        paragraph(
-            f"{len({row.method for row in m.rows})} methods were compared on {len(m.tasks)} task{'s' * several}: from a few "
-            f"images each, teach new classes to a diffusion transformer that was pre-trained on other classes ({start}). "
-            "KIND, this project's method, pre-trains a model whose weights come apart into shared learngenes and a small "
-            "tailor for each class; new classes get fresh tailors and everything else stays frozen. All methods have the "
-            f"same images, {one.steps} steps, and choice of {len(config.lrs)} learning rates, made on images held out for "
-            f"it. Scores are {one.distance_name}, a Fréchet distance between features of samples and of real test images "
-            f"(lower is better; mean ± standard deviation over {seeds} seeds), and class accuracy, the share of samples "
-            "that a classifier takes for the class they were asked to be. Floor: the distance between two sets of real images."
-        ),
-        *([paragraph(f"The study is not finished: {open_work} pieces of work are left (`kindiff study plan`).")] if open_work else []),
-    ]  # fmt: skip
+        f"{methods} methods were compared on {tasks} {'tasks' if tasks > 1 else 'task'}: from a few images each, teach "
+        f"new classes to a diffusion transformer that was pre-trained on other classes ({start}). KIND, this project's "
+        "method, pre-trains a model whose weights come apart into shared learngenes and a small tailor for each class; "
+        "a new class gets a fresh tailor and everything else stays frozen. On a task all methods have the same images, "
+        f"batches and steps and the same {len(m.study.config.lrs)} learning rates to choose from, by images held out "
+        "for that.",
+        f"{one.distance_name} is a Fréchet distance between features of samples and of real test images: lower is "
+        f"better; mean ± standard deviation over {seeds} seeds. The floor is that distance between two sets of real "
+        "images. Class accuracy is the share of samples that a classifier takes for the class they were asked to be.",
+    ]
 
 
 def _tasks(m: Material) -> list[str]:
@@ -130,31 +138,35 @@ def _tasks(m: Material) -> list[str]:
                 axis=Axis(name="parameters"),
             ),
         ]  # fmt: skip
-        points = {row.method: made.curves_of(m.records, row) for row in rows}
-        if any(points.values()):
-            title = f"{name} during training"
-            drawings.append(made.curves(rows, points, title=title, axis=Axis(name="steps")))
         body += [
             heading(m.label(task)),
             paragraph(
-                f"{count} samples a score; floor {floor:.3g}. Choose a column's head to sort by it. Edge: the best rate is the "
-                "lowest or highest tried, so a better one may lie beyond. The dashed line joins what no other method beats in both.",
+                f"{count} samples a score; floor {floor:.3g}. Choose a column's head to sort by it. Edge: the best "
+                "rate is the lowest or highest tried, so a better one may lie beyond. In the figures a dotted line "
+                "joins the methods that no other one beats both ways.",
                 soft=True,
             ),
             made.task_table(rows),
             made.legend(rows),
             figures(drawings),
         ]
-        if told := made.convergence(rows, points):
-            body.append(paragraph(told))
+    for name, lines in by_steps(m.rows).items():
+        body += [
+            heading(f"Convergence: {name}"),
+            paragraph(convergence(lines)),
+            made.courses(
+                lines, title="Distance against steps, each number of steps trained to its end by itself"
+            ),
+        ]
     return body
 
 
 def _pictures(m: Material) -> list[str]:
     body = []
-    total = sum(len(rows) for rows in m.tasks.values())
-    with Track("drawing samples", total, unit="models") as track:
-        for task, rows in m.tasks.items():
+    shorter = {row.task for lines in by_steps(m.rows).values() for own in lines for row in own[:-1]}
+    tasks = {task: rows for task, rows in m.tasks.items() if task not in shorter}
+    with Track("drawing samples", sum(map(len, tasks.values())), unit="models") as track:
+        for task, rows in tasks.items():
             body += _pictures_of(m, task, rows, track)
     return body
 

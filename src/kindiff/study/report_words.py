@@ -76,7 +76,8 @@ def sentence(found: Verdict) -> str:
     against = "best rival" if first.family == "kind" else "KIND's best setting"
     if (first.family == "kind") == (second.family == "kind"):
         against = "next one"
-    lead = f"{first.label} comes first with {name} {distance(first)}; the {against}, {second.label}, has {distance(second)}."
+    lead = f"{first.label} is first with {name} {distance(first)}; the {against}, {second.label}, has "
+    lead += f"{distance(second)}."
     if math.isnan(found.spreads):
         by = "With one seed there is no spread to measure the difference by."
     elif found.clear:
@@ -116,6 +117,18 @@ def with_spread(mean: float, spread: float, digits: int) -> str:
     return f"{mean:.{digits}f}" if math.isnan(spread) else f"{mean:.{digits}f} ± {spread:.{digits}f}"
 
 
-def reached(curve: Sequence[tuple[float, float]], level: float) -> float | None:
-    """The first step of a curve of (step, distance) whose distance is at most a level."""
-    return next((step for step, value in curve if value <= level), None)
+def convergence(lines: Sequence[Sequence[Row]]) -> str:
+    """In a sentence, when KIND reaches the best rival's last score; lines are rows of a method by steps. Empty where
+    KIND or a rival is missing."""
+    ends = {own[-1].family == "kind": own for own in sorted(lines, key=lambda own: -own[-1].distance_mean)}
+    if len(ends) < 2:
+        return ""
+    kind, rival = ends[True], ends[False][-1]
+    told = f"{rival.label}, the best rival, has {rival.distance_name} {distance(rival)} after {rival.steps} steps"
+    first = next((row for row in kind if row.distance_mean <= rival.distance_mean), None)
+    if first is None:
+        return (
+            f"{told}; {kind[-1].label} does not reach that in {kind[-1].steps} steps ({distance(kind[-1])})."
+        )
+    share = first.steps / rival.steps
+    return f"{told}; {first.label} is there with {distance(first)} after {first.steps} steps, {share:.2f} of them."
