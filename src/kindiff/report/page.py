@@ -23,7 +23,7 @@ class Cell:
     text: str
     """What is shown."""
     order: float | None = None
-    """What it is sorted by; None for a cell without a number, which stays at the end."""
+    """What it is sorted by; None for a cell without a number, which stays at the end of a column of numbers."""
     key: int | None = None
     """Index of the series whose colour stands before it."""
 
@@ -45,9 +45,10 @@ def heading(text: str, level: int = 2) -> str:
     return f"<h{level}>{html.escape(text)}</h{level}>"
 
 
-def paragraph(text: str, *, soft: bool = False) -> str:
-    """A paragraph; `code` between backquotes."""
-    return f'<p class="soft">{_marked(text)}</p>' if soft else f"<p>{_marked(text)}</p>"
+def paragraph(text: str, *, soft: bool = False, strong: bool = False) -> str:
+    """A paragraph; `code` between backquotes. soft: an aside; strong: the one that must be read."""
+    kind = ' class="soft"' if soft else ' class="strong"' if strong else ""
+    return f"<p{kind}>{_marked(text)}</p>"
 
 
 def bullets(texts: Sequence[str]) -> str:
@@ -79,11 +80,14 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def sortable(
     columns: Sequence[str], rows: Sequence[Sequence[str | Cell]], *, marked: Sequence[int] = ()
 ) -> str:
-    """A table that is sorted by a column when its head is chosen; `marked` rows stand out."""
-    head = "".join(f'<th scope="col">{html.escape(c)}</th>' for c in columns)
+    """A table that is sorted by a column when its head is chosen; `marked` rows stand out. A column without a single
+    number is one of words."""
+    words = [all(isinstance(c, str) or c.order is None for c in column) for column in zip(*rows, strict=True)]
+    kinds = [' class="words"' if w else "" for w in words]
+    head = "".join(f'<th scope="col"{k}>{html.escape(c)}</th>' for c, k in zip(columns, kinds, strict=True))
     lines = []
     for i, row in enumerate(rows):
-        cells = "".join(_cell(cell) for cell in row)
+        cells = "".join(_cell(cell, kind) for cell, kind in zip(row, kinds, strict=True))
         lines.append(f'<tr class="mark">{cells}</tr>' if i in marked else f"<tr>{cells}</tr>")
     body = "\n".join(lines)
     return (
@@ -127,12 +131,12 @@ def picture(image_HWC: np.ndarray, alt: str, zoom: int = 1) -> str:
     )
 
 
-def _cell(cell: str | Cell) -> str:
+def _cell(cell: str | Cell, kind: str) -> str:
     if isinstance(cell, str):
-        return f"<td>{html.escape(cell)}</td>"
+        return f"<td{kind}>{html.escape(cell)}</td>"
     key = "" if cell.key is None else f'<span class="key s{cell.key}"></span>'
-    order = "" if cell.order is None else f"{cell.order:.9g}"
-    return f'<td data-order="{order}">{key}{html.escape(cell.text)}</td>'
+    order = "" if kind else f' data-order="{"" if cell.order is None else f"{cell.order:.9g}"}"'
+    return f"<td{kind}{order}>{key}{html.escape(cell.text)}</td>"
 
 
 def _marked(text: str) -> str:

@@ -14,12 +14,12 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 5rem .5rem 0; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .3rem; } h3 { font-size: 1rem; margin: 1.5rem 0 .2rem; }
 p, li { max-width: 44rem; margin: .4rem 0; } ul { padding-left: 1.2rem; margin: .4rem 0; }
-.soft, figcaption { color: var(--soft); }
+.soft, figcaption { color: var(--soft); } p.strong { font-size: 1.1rem; font-weight: 600; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+table { border-collapse: collapse; margin: .8rem 0; font-size: .93rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .3rem .55rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child, .words { text-align: left; }
 tr.mark td { background: var(--good); }
 th button { all: unset; cursor: pointer; }
 th button:focus-visible, #theme:focus-visible { outline: 2px solid var(--s0); }

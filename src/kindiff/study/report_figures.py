@@ -19,13 +19,11 @@ def colour(family: str) -> int:
 
 
 def winners(tasks: Mapping[str, Sequence[Row]], labels: Mapping[str, str]) -> str:
-    """Who is first on each task, and within each budget of it."""
+    """Who is first on each task, and within each group of like numbers of trained parameters; against the best of the
+    other side (KIND or its rivals)."""
     lines: list[list[str | Cell]] = []
     for task, rows in tasks.items():
-        groups = {
-            "all methods": list(rows),
-            **{f"about {name} trained": own for name, own in budgets(rows).items()},
-        }
+        groups = {"all": list(rows), **budgets(rows)}
         for group, own in groups.items():
             found = verdict(own)
             if found is None:
@@ -44,9 +42,7 @@ def winners(tasks: Mapping[str, Sequence[Row]], labels: Mapping[str, str]) -> st
                 ]
             )
     name = next(iter(tasks.values()))[0].distance_name
-    return sortable(
-        ("task", "among", "first", name, "best of the other side", name, "gap in spreads", "floor"), lines
-    )
+    return sortable(("task", "trained", "first", name, "against", name, "gap in spreads", "floor"), lines)
 
 
 def task_table(rows: Sequence[Row]) -> str:
@@ -85,7 +81,9 @@ def pareto(rows: Sequence[Row], *, title: str, against: Mapping[str, float], axi
         )
         for row in rows
     ]
-    return chart(title, series, x=axis, y=Axis(name=rows[0].distance_name), rule=_floor(rows), front=True)
+    return chart(
+        title, series, x=axis, y=Axis(name=rows[0].distance_name, log=True), rule=_floor(rows), front=True
+    )
 
 
 def courses(lines: Sequence[Sequence[Row]], *, title: str) -> str:
@@ -133,7 +131,7 @@ def legend(rows: Sequence[Row]) -> str:
     return f'<div class="keys">{keys}</div>'
 
 
-def costs(records: Sequence[Record], rows: Sequence[Row]) -> dict[str, float]:
+def sizes(records: Sequence[Record], rows: Sequence[Row]) -> dict[str, float]:
     """Parameters in total by method."""
     return {row.method: next(float(r.parameters) for r in records if r.method == row.method and r.task == row.task)
             for row in rows}  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from kindiff.study.report_pictures import (
     pipeline_at,
     zoom_of,
 )
-from kindiff.study.report_words import convergence, sentence, verdict
+from kindiff.study.report_words import convergence, headline, sentence, verdict
 from kindiff.study.tables import Row, best_rows, sweep
 
 
@@ -46,11 +47,9 @@ class Material:
 
     @functools.cached_property
     def tasks(self) -> dict[str, list[Row]]:
-        """The rows of each task, best first."""
-        return {
-            task: [r for r in self.rows if r.task == task]
-            for task in dict.fromkeys(r.task for r in self.rows)
-        }
+        """The rows of each task, best first; tasks by name, numbers in it by size."""
+        names = sorted({row.task for row in self.rows}, key=_by_numbers)
+        return {task: [row for row in self.rows if row.task == task] for task in names}
 
     @functools.cached_property
     def labels(self) -> dict[str, str]:
@@ -70,6 +69,10 @@ class Material:
         return pipeline_at(self.work / self.record(row).model)
 
 
+def _by_numbers(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
+
+
 def study_page(folder: Path, *, work: Path) -> str:
     """The page of a study, of what is finished of it. UsageError when nothing is."""
     study = read_study(folder)
@@ -85,16 +88,15 @@ def study_page(folder: Path, *, work: Path) -> str:
 
 
 def _first_screen(m: Material) -> list[str]:
-    verdicts = {task: verdict(rows) for task, rows in m.tasks.items()}
     open_work = len(left(m.study, m.records))
     unfinished = f"The study is not finished: {open_work} pieces of work are left (`kindiff study plan`)."
     return [
         heading(m.study.config.title, 1),
         paragraph(m.study.config.question),
-        bullets([f"{m.label(task)}: {sentence(found)}" for task, found in verdicts.items() if found]),
-        made.winners(m.tasks, m.labels),
-        *map(paragraph, _protocol(m)),
+        paragraph(headline(m.tasks), strong=True),
         *([paragraph(unfinished)] if open_work else []),
+        *map(paragraph, _protocol(m)),
+        made.winners(m.tasks, m.labels),
     ]
 
 
@@ -133,13 +135,14 @@ def _tasks(m: Material) -> list[str]:
                 rows, title=f"{name} against the cost of one forward pass", against={r.method: r.gmacs for r in rows},
                 axis=Axis(name="GMACs an image"),
             ),
-            made.pareto(
-                rows, title=f"{name} against parameters in total", against=made.costs(m.records, rows),
-                axis=Axis(name="parameters"),
-            ),
         ]  # fmt: skip
+        sizes = made.sizes(m.records, rows)
+        if len(set(sizes.values())) > 1:
+            title, axis = f"{name} against parameters in total", Axis(name="parameters", log=True)
+            drawings.append(made.pareto(rows, title=title, against=sizes, axis=axis))
         body += [
             heading(m.label(task)),
+            *([paragraph(sentence(found))] if (found := verdict(rows)) else []),
             paragraph(
                 f"{count} samples a score; floor {floor:.3g}. Choose a column's head to sort by it. Edge: the best "
                 "rate is the lowest or highest tried, so a better one may lie beyond. In the figures a dotted line "

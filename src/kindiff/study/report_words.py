@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kindiff.report.svg import short
@@ -100,9 +100,36 @@ def sentence(found: Verdict) -> str:
     return f"{lead} {by}{cost}"
 
 
+def headline(tasks: Mapping[str, Sequence[Row]]) -> str:
+    """Who won, in a sentence or two: KIND against all its rivals, and at like numbers of trained parameters."""
+    found = [v for v in map(verdict, tasks.values()) if v]
+    against = [v for v in found if (v.first.family == "kind") != (v.second.family == "kind")]
+    if not against:
+        return f"{' '.join(dict.fromkeys(f'{v.first.label} is first.' for v in found))}"
+    won = [v for v in against if v.first.family == "kind"]
+    said = f"KIND is first on {_of(len(won), len(against), 'task')}"
+    if won:
+        clear = sum(v.clear for v in won)
+        said += f", {'each time' if clear == len(won) else f'on {clear} of them'} beyond the spread"
+    if lost := {v.first.label for v in against if v.first.family != "kind"}:
+        said += f"; where it is not, {' or '.join(sorted(lost))} is"
+    level = [v for rows in tasks.values() for own in budgets(rows).values() if (v := verdict(own))]
+    if level:
+        won_level = sum(v.first.family == "kind" for v in level)
+        groups = _of(won_level, len(level), "group")
+        said += f". Among methods that train about as many parameters it is first in {groups}"
+    return f"{said}."
+
+
+def _of(count: int, total: int, what: str) -> str:
+    if total == 1:
+        return f"the one {what}" if count else f"none: the one {what} has another winner"
+    return f"{'all' if count == total else f'{count} of'} {total} {what}s"
+
+
 def distance(row: Row) -> str:
     """A row's distance with its spread."""
-    return with_spread(row.distance_mean, row.distance_spread, 1 if row.distance_mean >= 10 else 2)
+    return with_spread(row.distance_mean, row.distance_spread, 1 if row.distance_mean >= 100 else 2)
 
 
 def accuracy(row: Row) -> str:
