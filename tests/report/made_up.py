@@ -48,12 +48,13 @@ def record(
         real_accuracy=0.99, precision=0.7, recall=0.4, kid=0.01, count=80,
     )  # fmt: skip
     data = data or DataConfig(source="avatars:novel", size=16, per_class=20)
+    held_out = replace(data, first=2 * data.per_class)
     return Record(
         study="made-up", task=task, method=method, lr=lr, seed=seed, label=label, family=family, budget=budget,
         base=base, config={"data": to_dict(data)}, trainable=trainable, parameters=961_000, gmacs=gmacs,
         steps=steps, batch=16, train_seconds=1.0, final_loss=0.2, failed=failed,
         validation=None if failed else figures, test=figures if scored and not failed else None,
-        provenance={"versions": {"kindiff": "0.1.0"}, "hardware": {"cores": 2}, "test": to_dict(replace(data, first=6))},
+        provenance={"versions": {"kindiff": "0.1.0"}, "hardware": {"cores": 2}, "test": to_dict(held_out)},
         model=model,
     )  # fmt: skip
 

@@ -129,20 +129,20 @@ def _scale(values: Sequence[float], start: float, stop: float, log: bool) -> Sca
 
 
 def ticks(scale: Scale) -> list[float]:
-    """Round values inside a scale: steps of 1, 2 or 5; decades, with their halves where there are few."""
+    """Round values inside a scale: decades and parts of them on a wide logarithmic one, else steps of 1, 2 or 5."""
     if scale.log:
         decades = range(math.floor(math.log10(scale.low)), math.ceil(math.log10(scale.high)) + 1)
         for heads in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
-            found = [head * 10.0**d for d in decades for head in heads]
-            found = [value for value in found if scale.low <= value <= scale.high]
+            values = [float(f"{head}e{d}") for d in decades for head in heads]
+            found = [value for value in values if scale.low <= value <= scale.high]
             if len(found) >= 3:
-                break
-        return found
+                return found
     rough = (scale.high - scale.low) / 5
-    size = 10.0 ** math.floor(math.log10(rough))
-    step = next(head * size for head in (1, 2, 5, 10) if head * size >= rough)
-    first = math.ceil(scale.low / step)
-    return [n * step for n in range(first, math.floor(scale.high / step) + 1)]
+    power = math.floor(math.log10(rough))
+    step = next(head for head in (1, 2, 5, 10) if head * 10.0**power >= rough)
+    size = 10.0**power * step
+    places = range(math.ceil(scale.low / size), math.floor(scale.high / size) + 1)
+    return [float(f"{n * step}e{power}") for n in places]
 
 
 def _axes(across: Scale, up: Scale, x: Axis, y: Axis, right: float) -> list[str]:

@@ -28,7 +28,8 @@ th[aria-sort=ascending] button::after { content: "\\2191"; opacity: 1; }
 th[aria-sort=descending] button::after { content: "\\2193"; opacity: 1; }
 .sheet td, .sheet th { text-align: left; padding: .15rem .4rem; border: 0; vertical-align: middle; }
 .sheet img { display: block; image-rendering: pixelated; border-radius: 3px; background: var(--tint); }
-.sheet th[scope=row] { position: sticky; left: 0; background: var(--paper); color: var(--ink); font-weight: 400; }
+.sheet th[scope=row] { position: sticky; left: 0; background: var(--paper); color: var(--ink); font-weight: 400;
+  white-space: normal; max-width: 12rem; min-width: 6rem; }
 .wide td, .wide th { padding: .1rem .2rem; } .wide thead th { font-weight: 400; font-size: .75rem; }
 @media (max-width: 40rem) { .sheet { font-size: .75rem; }
   .sheet:not(.wide) td, .sheet:not(.wide) th { white-space: normal; }

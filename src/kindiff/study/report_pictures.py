@@ -21,7 +21,7 @@ from kindiff.report.page import heading, paragraph, sheet
 CLASSES = 12
 """A sheet shows at most so many classes, the first ones; none are picked."""
 DRAWN = 8
-"""Samples of each class that are drawn."""
+"""Samples of each class that are compared with the training images."""
 SHOWN = 2
 """Samples of each class in a sheet of many methods."""
 
@@ -59,10 +59,10 @@ def images_of(config: DataConfig) -> ImageSet | str:
 
 
 def draw(pipeline: DiTPipeline, names: Sequence[str], count: int, config: SampleConfig) -> np.ndarray:
-    """`count` samples of each class, class by class, (classes, count, H, W, 3): noise depends on place alone."""
-    ids = [i for i in pipeline.model.classes.ids(names) for _ in range(count)]
-    images = pipeline.sample(ids, config)
-    return images.reshape(len(names), count, *images.shape[1:])
+    """`count` samples of each class, (classes, count, H, W, 3). Sample k of a class has the same noise whatever the
+    model and the count."""
+    images = pipeline.sample(pipeline.model.classes.ids(names) * count, config)
+    return images.reshape(count, len(names), *images.shape[1:]).swapaxes(0, 1)
 
 
 def zoom_of(size: int) -> int:

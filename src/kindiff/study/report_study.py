@@ -187,9 +187,10 @@ def _pictures_of(m: Material, task: str, rows: Sequence[Row], track: Track) -> l
             absent.append(row.label)
             continue
         names = names or pipeline.model.classes.names[:CLASSES]
-        images = draw(pipeline, names, DRAWN, config)
+        compared = row.family == "kind" and best is None
+        images = draw(pipeline, names, DRAWN if compared else SHOWN, config)
         lines.append((row.label, list(images[:, :SHOWN])))
-        if row.family == "kind" and best is None:
+        if compared:
             best = (row, pipeline, dict(zip(names, images, strict=True)))
     body = [heading(f"{m.label(task)}: pictures")]
     if absent:
