@@ -11,7 +11,7 @@ from kindiff.report.svg import LETTER, LINE, figure, short, text
 
 WIDTH, HEIGHT = 480.0, 330.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 10.0, 40.0
-LABELS = 118.0
+LABELS = 130.0
 """Room at the right of lines for their names."""
 
 

@@ -14,7 +14,7 @@ def figure(title: str, described: str, content: str, *, width: float, height: fl
     """A drawing with a title above it; `described` is read out in its place."""
     caption = f"<figcaption>{html.escape(title)}</figcaption>"
     # A small drawing is not blown up to the width of the page; a large one scrolls instead of shrinking away.
-    style = f"max-width: {1.5 * width:.0f}px; min-width: {min(0.8 * width, 640):.0f}px"
+    style = f"max-width: {1.5 * width:.0f}px; min-width: {min(0.7 * width, 640):.0f}px"
     return (
         f'<figure>{caption}<div class="scroll"><svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
         f'style="{style}" aria-label="{html.escape(described, quote=True)}">{content}</svg></div></figure>'

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from kindiff.components.gates import TableGate
-from kindiff.components.views import energies, relatedness, tailor_cosines
+from kindiff.components.views import SHUFFLES, energies, relatedness, tailor_cosines
 from kindiff.config import MATRICES
 from kindiff.data.avatars import SUPERCLASSES
 from kindiff.errors import UsageError
@@ -42,8 +42,8 @@ def _shares(model: DiT) -> str:
         [found[f"blocks.{i}.{matrix}"].tailor_share for matrix in MATRICES] for i in range(model.config.depth)
     ]
     return heat(
-        "Tailors' share of each matrix's energy, |tailor|² / (|learngenes|² + |tailor|²), mean over classes; "
-        "the learngenes hold the rest",
+        "Tailors' share of each matrix's energy (squared Frobenius norm, mean over classes); the learngenes hold the "
+        "rest",
         [f"layer {i + 1}" for i in range(model.config.depth)],
         MATRICES,
         values,
@@ -85,15 +85,17 @@ def _related(model: DiT) -> list[str]:
         found = relatedness(tailor_cosines(model), groups)
     except UsageError:
         return []  # no two classes of one group, or a single group
-    answer = (
-        "Related styles have related tailors"
-        if found.chance < 0.05
-        else "Related styles have no more alike tailors than others"
+    more = "more alike than others" if found.chance < 0.05 else "not more alike than others"
+    small = (
+        "; both are near 0, so tailors share little"
+        if max(abs(found.within), abs(found.between)) < 0.1
+        else ""
     )
     return [
         paragraph(
-            f"{answer}: the mean cosine within a group of related styles is {found.within:.3f}, between groups "
-            f"{found.between:.3f}; {100 * found.chance:.1f} % of random groupings differ as much."
+            f"Tailors of related styles are {more}: their mean cosine is {found.within:.3f} within a group, "
+            f"{found.between:.3f} between groups{small}. Of {SHUFFLES:,} random groupings {100 * found.chance:.2g} % "
+            "differ as much."
         )
     ]
 

@@ -99,15 +99,18 @@ def neighbours_sheet(
         picture = training.select([name]).images[n.index[i]]
         samples.append(drawn[name][i : i + 1])
         images.append((picture[:, ::-1] if n.mirrored[i] else picture)[None])
-    ratio = float(np.median(own)) / real if real else float("nan")
     copies = int((own < 0.25 * real).sum())
+    said = (
+        f"the median of {len(own)} samples is {float(np.median(own)) / real:.2f} times as far from its nearest "
+        f"training image as real images that were not trained on are (below 1: closer); {copies} samples are within "
+        "a quarter of that distance."
+        if real > 0
+        else "most real images that were not trained on equal a training image, so nearness tells nothing here."
+    )
+    shown = "Shown is the closest pair of every class; mirror images count, distances are over pixels."
     return [
         heading("Are samples copies of training images?", 3),
-        paragraph(
-            f"{label}: the median of {len(own)} samples is {ratio:.2f} times as far from its nearest training image as "
-            f"real images that were not trained on are (below 1: closer); {copies} samples are within a quarter of "
-            "that distance. Shown is the closest pair of every class; mirror images count, distances are over pixels."
-        ),
+        paragraph(f"{label}: {said} {shown}"),
         sheet(
             names,
             [("sample", samples), ("nearest training image", images)],

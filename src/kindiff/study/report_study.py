@@ -157,8 +157,12 @@ def _tasks(m: Material) -> list[str]:
         body += [
             heading(f"Convergence: {name}"),
             paragraph(convergence(lines)),
-            made.courses(
-                lines, title="Distance against steps, each number of steps trained to its end by itself"
+            figures(
+                [
+                    made.courses(
+                        lines, title="Distance against steps, each number of steps a training of its own"
+                    )
+                ]
             ),
         ]
     return body
