@@ -108,16 +108,12 @@ def window(*, width: int = 1280, height: int = 800, dark: bool = False) -> Itera
     """A new browser with one window."""
     driver = shutil.which("chromedriver")
     assert driver is not None
-    with subprocess.Popen(
-        [driver, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
+    command = [driver, "--port=0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             assert process.stdout is not None
-            port = next(
-                int(line.rstrip(".\n").split()[-1])
-                for line in process.stdout
-                if "successfully on port" in line
-            )
+            started = next(line for line in process.stdout if "successfully on port" in line)
+            port = int(started.rstrip(".\n").split()[-1])
             browser = Browser(port, width=width, height=height, dark=dark)
             try:
                 yield browser

@@ -71,7 +71,7 @@ def records_of(task: str, methods: tuple[str, ...] = tuple(METHODS), **options: 
 def write_study(folder: Path, tasks: dict[str, int], data: DataConfig, methods: tuple[str, ...]) -> Path:
     """The TOML files of a study whose tasks (name -> steps) all have the same images."""
     for part in ("bases", "study/tasks", "study/methods"):
-        (folder / part).mkdir(parents=True)
+        (folder / part).mkdir(parents=True, exist_ok=True)
     for base in ("kind", "dense"):
         (folder / "bases" / f"{base}.toml").write_text(f'method = "{base}"\n[data]\nsource = "shapes"\n')
     (folder / "study" / "study.toml").write_text(
