@@ -97,6 +97,16 @@ CASES = {
     "hra": Case(
         rival=RivalConfig(method="hra", rank=4), trains=matrix(r"hra_u\.default"), count=lambda o, i: 4 * i
     ),
+    **{
+        name: Case(rival=RivalConfig(method=name, **settings), trains=".*")
+        for name, settings in {
+            "heur-lg": {"inherit": 1},
+            "auto-lg": {"blocks": (0, 2)},
+            "tleg": {},
+            "fine": {},
+            "wave": {},
+        }.items()
+    },
     "svdiff": Case(rival=RivalConfig(method="svdiff"), trains=matrix("sigma"), count=lambda o, i: min(o, i)),
 }
 each_case = pytest.mark.parametrize("name", CASES)

@@ -27,7 +27,7 @@ class Args:
     workers: int = 1
     """Processes; cores and GPUs are shared out among them."""
     only: tuple[str, ...] = ()
-    """Only tasks or methods of these names."""
+    """Only these tasks and methods, by name; tasks alone stand for all of their methods, and the other way round."""
     sweep: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """table: the learning rates that were tried, instead of the scores."""
     out: Path | None = None
@@ -78,7 +78,7 @@ def run(args: Args) -> None:
         return
     from kindiff.study.records import read_records
 
-    records = [r for r in read_records(study.results) if not args.only or {r.task, r.method} & set(args.only)]
+    records = [r for r in read_records(study.results) if study.picks(r.task, r.method, args.only)]
     if not records:
         raise FileNotFoundError(
             f"{study.results} holds no result yet; `kindiff study run {args.study}` makes them."

@@ -21,6 +21,8 @@ class ObjectiveConfig:
     """Share of samples trained as the null class (for classifier-free guidance); tailors are off there."""
     gate_dropout: float = 0.2
     """Share of samples whose tailors are off while their class embedding stays on."""
+    gate_labels: Literal["class", "shuffled"] = "class"
+    """Which tailor is on: the class's, or (a control that diverts nothing) one drawn at random for each sample."""
 
     def __post_init__(self) -> None:
         for name in ("label_dropout", "gate_dropout"):
@@ -177,8 +179,9 @@ class PretrainConfig:
 
     data: DataConfig = field(default_factory=DataConfig)
     model: BackboneConfig = field(default_factory=BackboneConfig)
-    method: Literal["kind", "dense"] = "kind"
-    """kind: a decomposable model. dense: the same backbone with plain matrices (the rivals' start)."""
+    method: Literal["kind", "dense", "tleg", "fine", "wave"] = "kind"
+    """kind: a decomposable model. dense: the same backbone with plain matrices (the rivals' start). tleg, fine, wave:
+    blocks under the constraint of another learngene method (docs/rivals.md), written out dense."""
     init: str = ""
     """Start from the weights of this model or components directory, of the same shape; empty for random ones."""
     superclasses: str = ""
@@ -193,6 +196,10 @@ class PretrainConfig:
             raise UsageError(
                 f"superclasses is {self.superclasses!r} with gate {self.kind.gate!r} and method {self.method!r}; "
                 "superclasses go with method kind and kind.gate superclass, and only with them."
+            )
+        if self.init and self.method not in ("kind", "dense"):
+            raise UsageError(
+                f"init is {self.init!r} and method {self.method} starts from random weights; leave it out."
             )
 
 

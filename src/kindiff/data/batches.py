@@ -50,7 +50,7 @@ def make_batch(
 
     Position p is sample `order(seed, p // N, N)[p % N]`; every epoch meets every sample once.
     """
-    indices, scalars, noises = [], [], []
+    indices, scalars, noises, drawn = [], [], [], []
     for position in range(first_position, first_position + batch):
         epoch, place = divmod(position, len(samples))
         indices.append(order(seed, epoch, len(samples))[place])
@@ -60,13 +60,16 @@ def make_batch(
         noises.append(
             random.standard_normal((samples.channels, samples.size, samples.size), dtype=np.float32)
         )
+        if objective.gate_labels == "shuffled":
+            drawn.append(random.integers(len(samples.classes)))
     index_B = np.array(indices, dtype=np.int64)
     u_B, flip_B, label_B, gate_B = np.stack(scalars, axis=1)
     null_id = samples.classes.null_id
     ids_B = drop_labels(
         samples.labels[index_B], label_B, probability=objective.label_dropout, null_id=null_id
     )
-    gate_ids_B = drop_labels(ids_B, gate_B, probability=objective.gate_dropout, null_id=null_id)
+    on_B = np.where(ids_B == null_id, null_id, drawn) if drawn else ids_B
+    gate_ids_B = drop_labels(on_B, gate_B, probability=objective.gate_dropout, null_id=null_id)
     x_BCHW = samples.fetch(index_B, (flip_B < 0.5) & flip)
     return Batch(
         x_BCHW=torch.from_numpy(x_BCHW),

@@ -51,9 +51,13 @@ def for_classes(base: DiT, classes: ClassSet) -> DiT:
             "recombine one class with layers merged)."
         )
     state = {name: tensor.detach().clone() for name, tensor in base.state_dict().items()}
-    rows = state[CLASS_ROWS]
-    state[CLASS_ROWS] = torch.cat([rows[:-1].mean(dim=0).expand(len(classes), -1), rows[-1:]])
+    state[CLASS_ROWS] = rows_of_new_classes(state[CLASS_ROWS], len(classes))
     return dense(dataclasses.replace(base.config, num_classes=len(classes)), classes, state)
+
+
+def rows_of_new_classes(rows_CD: Tensor, count: int) -> Tensor:
+    """The embedding of `count` new classes, (count + 1, D): the mean of the old ones, and the old null row."""
+    return torch.cat([rows_CD[:-1].mean(dim=0).expand(count, -1), rows_CD[-1:]])
 
 
 def dense(config: DiTConfig, classes: ClassSet, state: Mapping[str, Tensor]) -> DiT:
@@ -66,21 +70,18 @@ def dense(config: DiTConfig, classes: ClassSet, state: Mapping[str, Tensor]) -> 
 
 
 @torch.no_grad()
-def densified(model: DiT, weight: Callable[[nn.Module], Tensor]) -> DiT:
-    """A plain DiT of copies, each of the six matrices of every block as `weight` gives it."""
+def densified(model: DiT, weight: Callable[[nn.Module], Tensor] = own_weight) -> DiT:
+    """A plain DiT of copies; what a matrix does not hold as a tensor of that name comes from `weight` and its bias."""
     own = model.state_dict()
-    matrices = dict(model.named_matrices())
     with torch.device("meta"):
         names = list(DiT(model.config, classes=model.classes).state_dict())
     state = {}
     for name in names:
         owner, _, leaf = name.rpartition(".")
-        if owner not in matrices:
-            state[name] = own[name].clone()
-        elif leaf == "weight":
-            state[name] = weight(matrices[owner]).detach().clone()
+        if name in own:
+            tensor = own[name]
         else:
-            bias = matrices[owner].bias
-            assert isinstance(bias, Tensor)
-            state[name] = bias.detach().clone()
+            layer = model.get_submodule(owner)
+            tensor = weight(layer) if leaf == "weight" else layer.bias  # type: ignore[assignment]
+        state[name] = tensor.detach().clone()
     return dense(model.config, model.classes, state)

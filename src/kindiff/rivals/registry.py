@@ -7,7 +7,7 @@ import torch
 from kindiff.classes import ClassSet
 from kindiff.config import RivalConfig
 from kindiff.models.dit import DiT
-from kindiff.rivals import svdiff, tuners, whole
+from kindiff.rivals import layers, svdiff, tuners, whole
 from kindiff.rivals.base import Rival, densified, for_classes
 
 RIVALS: dict[str, Rival] = {
@@ -23,6 +23,12 @@ RIVALS: dict[str, Rival] = {
     "vera": tuners.VERA,
     "hra": tuners.HRA,
     "svdiff": svdiff.SVDIFF,
+    "heur-lg": layers.HEUR_LG,
+    "auto-lg": layers.AUTO_LG,
+    # Full fine-tuning, of a base that was pre-trained under the method's constraint (learngenes.py).
+    "tleg": whole.FULL,
+    "fine": whole.FULL,
+    "wave": whole.FULL,
 }
 
 

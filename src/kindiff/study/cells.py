@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kindiff import runtime
-from kindiff.checkpoint import read_json
+from kindiff.checkpoint import read_json, sha256
 from kindiff.components import decompose, save_components
-from kindiff.config import DataConfig, TransferConfig, to_dict
+from kindiff.config import AdaptConfig, DataConfig, PretrainConfig, TransferConfig, to_dict
 from kindiff.data import open_images
 from kindiff.evaluate import reference as references
 from kindiff.evaluate.cost import cost_table, total
@@ -26,6 +26,7 @@ from kindiff.evaluate.sources import from_set
 from kindiff.pipeline import DiTPipeline
 from kindiff.study.config import Cell, Study
 from kindiff.study.grid import Work
+from kindiff.study.recombined import smaller
 from kindiff.study.records import Figures, Record, read_records, write_record
 from kindiff.train import adapt, pretrain, transfer
 from kindiff.train.rollback import NotFinite
@@ -101,18 +102,25 @@ class Bench:
     def train(self, cell: Cell) -> Record:
         """Train a cell and score it on the validation images."""
         method, task = self.study.methods[cell.method], self.study.tasks[cell.task]
-        recipe = method.recipe(task, cell.lr, cell.seed)
         base, folder = self.work / "bases" / method.base, self.work / self.study.name / cell.name
-        running = replace(recipe, train=replace(recipe.train, device=self.device))
+        train = replace(task.train, lr=cell.lr, seed=cell.seed, device=self.device)
+        recipe: TransferConfig | AdaptConfig | PretrainConfig
         failed = ""
         try:
-            if isinstance(running, TransferConfig):
-                transfer(base / "parts", running, folder)
+            if method.transfer is not None:
+                recipe = replace(method.transfer, data=task.data, train=train)
+                transfer(base / "parts", recipe, folder)
+            elif method.rival is not None:
+                recipe = AdaptConfig(data=task.data, rival=method.rival, train=train)
+                adapt(base / "model", recipe, folder)
             else:
-                adapt(base / "model", running, folder)
+                assert method.recombine is not None
+                recipe = smaller(
+                    self.study.bases[method.base], base, task.data, train, method.recombine, folder
+                )
         except NotFinite as error:
             failed = str(error).split(";")[0]
-        run = read_json(folder / "run.json")
+        trained = (folder / "run.json").is_file()
         pipeline = DiTPipeline.from_pretrained(base / "model" if failed else folder / "model")
         cost = total(cost_table(pipeline.model))
         seconds, loss = _logged(folder)
@@ -127,18 +135,19 @@ class Bench:
             budget=method.budget,
             base=method.base,
             config=to_dict(recipe),
-            trainable=read_json(folder / "parameters.json")["trainable"],
+            trainable=read_json(folder / "parameters.json")["trainable"] if trained else 0,
             parameters=cost.parameters,
             gmacs=cost.macs / 1e9,
-            steps=recipe.train.steps,
-            batch=recipe.train.batch,
+            steps=train.steps if trained else 0,
+            batch=train.batch,
             train_seconds=seconds,
             final_loss=loss,
             failed=failed,
             provenance={
                 "versions": runtime.versions(),
                 "hardware": runtime.hardware(),
-                "run": run["description"],
+                "run": read_json(folder / "run.json")["description"] if trained else {},
+                "base": sha256(base / "model" / "model.safetensors"),
                 "test": to_dict(task.test),
                 "validation": to_dict(task.validation),
                 "sample": to_dict(self.study.config.sample),

@@ -8,14 +8,14 @@ BASES/*.toml            pre-training recipes, which several studies may share (s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from kindiff.classes import nearest
 from kindiff.config import (
-    AdaptConfig,
     DataConfig,
     PretrainConfig,
     RivalConfig,
@@ -85,8 +85,21 @@ class TaskConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecombineConfig:
+    """A smaller model of the base's own classes: put together from a decomposable base's parts, or cut from a dense
+    base by SVD (the control)."""
+
+    learngene_rank: int = 0
+    """Components that every matrix keeps; 0 for the base as it is."""
+    tailors: bool = True
+    """False: the learngenes alone, with the class embeddings."""
+    train: bool = False
+    """Train it as the task says; else it is scored as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """methods/NAME.toml: one of `transfer` (KIND) and `rival`."""
+    """methods/NAME.toml: one of `transfer` (KIND), `rival` and `recombine`."""
 
     label: str
     """What tables call it."""
@@ -100,26 +113,22 @@ class MethodConfig:
     """KIND's transfer; its data and train come from the task."""
     rival: RivalConfig | None = None
     """Another method."""
+    recombine: RecombineConfig | None = None
+    """A smaller model of the base's classes, for tasks that are made of these."""
     tasks: tuple[str, ...] = ()
     """Only these tasks; empty for all."""
 
     def __post_init__(self) -> None:
-        if (self.transfer is None) == (self.rival is None):
-            raise UsageError(f"method {self.label!r} needs one of the tables [transfer] and [rival].")
+        if sum(table is not None for table in (self.transfer, self.rival, self.recombine)) != 1:
+            raise UsageError(
+                f"method {self.label!r} needs one of the tables [transfer], [rival] and [recombine]."
+            )
         blank = TransferConfig()
         if self.transfer is not None and (self.transfer.data, self.transfer.train) != (
             blank.data,
             blank.train,
         ):
             raise UsageError(f"method {self.label!r}: data and train of a transfer come from the task.")
-
-    def recipe(self, task: TaskConfig, lr: float, seed: int) -> TransferConfig | AdaptConfig:
-        """What is trained for one cell."""
-        train = replace(task.train, lr=lr, seed=seed)
-        if self.transfer is not None:
-            return replace(self.transfer, data=task.data, train=train)
-        assert self.rival is not None
-        return AdaptConfig(data=task.data, rival=self.rival, train=train)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,10 +165,20 @@ class Study:
         """One JSON file a cell."""
         return self.folder / "results"
 
+    def picks(self, task: str, method: str, only: Sequence[str]) -> bool:
+        """Whether a list of names picks this pair: where it names tasks, of these, and where methods, of these."""
+        tasks, methods = set(only) & set(self.tasks), set(only) & set(self.methods)
+        return (not tasks or task in tasks) and (not methods or method in methods)
+
+    def rates(self, method: str) -> tuple[float, ...]:
+        """The learning rates that a method is tried with: the grid, or one where nothing trains."""
+        recombine = self.methods[method].recombine
+        return self.config.lrs if recombine is None or recombine.train else self.config.lrs[:1]
+
     @property
     def units(self) -> int:
         """Units of work in all: a rate tried, a seed scored."""
-        return len(self.pairs()) * (len(self.config.lrs) + len(self.config.seeds))
+        return sum(len(self.rates(method)) + len(self.config.seeds) for _, method in self.pairs())
 
     def pairs(self) -> list[tuple[str, str]]:
         """Every (task, method), the methods of a task together."""
@@ -180,12 +199,8 @@ def read_study(folder: Path) -> Study:
         methods=_read_all(folder / "methods", MethodConfig),
     )
     for name, method in study.methods.items():
-        for word, known in ((method.base, study.bases), *((task, study.tasks) for task in method.tasks)):
-            if word not in known:
-                raise UsageError(
-                    f"methods/{name}.toml: {word!r} is not there{nearest(word, known)}; there are: "
-                    f"{', '.join(known)}."
-                )
+        _check_known(f"methods/{name}.toml: base", (method.base,), study.bases)
+        _check_known(f"methods/{name}.toml: task", method.tasks, study.tasks)
     return study
 
 
@@ -196,6 +211,14 @@ def _overlap(one: DataConfig, other: DataConfig) -> bool:
 
 def _range(data: DataConfig) -> str:
     return f"{data.first} to {data.first + data.per_class - 1 if data.per_class else 'the last'}"
+
+
+def _check_known(where: str, names: Iterable[str], known: Iterable[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise UsageError(
+                f"{where} {name!r} is not there{nearest(name, known)}; there are: {', '.join(known)}."
+            )
 
 
 def _read_all(folder: Path, cls: type[T]) -> dict[str, T]:

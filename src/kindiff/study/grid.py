@@ -30,7 +30,7 @@ def left(study: Study, records: Sequence[Record]) -> list[Work]:
     first, *others = study.config.seeds
     stages: list[list[Work]] = [[] for _ in range(1 + len(study.config.seeds))]
     for task, method in study.pairs():
-        sweep = [Cell(task=task, method=method, lr=lr, seed=first) for lr in study.config.lrs]
+        sweep = [Cell(task=task, method=method, lr=lr, seed=first) for lr in study.rates(method)]
         if missing := [cell for cell in sweep if cell not in done]:
             stages[0] += [Work(cell=cell, test=False) for cell in missing]
             continue
@@ -50,7 +50,7 @@ def done(study: Study, records: Sequence[Record]) -> int:
     count = 0
     for task, method in study.pairs():
         for seed in study.config.seeds:
-            for lr in study.config.lrs:
+            for lr in study.rates(method):
                 record = known.get(Cell(task=task, method=method, lr=lr, seed=seed))
                 count += (record is not None and seed == study.config.seeds[0]) + (
                     record is not None and record.test is not None

@@ -19,10 +19,11 @@ PAUSE = 2.0
 """Seconds between looks at what the others have done."""
 
 
-def pending(study: Study, only: tuple[str, ...]) -> list[Work]:
-    """What is left to do; `only`: of tasks or methods of these names."""
-    works = left(study, read_records(study.results))
-    return [w for w in works if not only or {w.cell.task, w.cell.method} & set(only)]
+def pending(study: Study, only: Sequence[str]) -> list[Work]:
+    """What is left to do; `only`: see Study.picks."""
+    return [
+        w for w in left(study, read_records(study.results)) if study.picks(w.cell.task, w.cell.method, only)
+    ]
 
 
 def run_alone(study: Study, work: Path, *, only: tuple[str, ...] = ()) -> None:

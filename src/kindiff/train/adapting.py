@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from kindiff import checkpoint
 from kindiff.components import load_autoencoder
-from kindiff.config import AdaptConfig, ObjectiveConfig, to_dict
+from kindiff.config import AdaptConfig, ObjectiveConfig, RivalConfig, to_dict
 from kindiff.data import open_samples
 from kindiff.data.sets import SampleSet
 from kindiff.errors import UsageError
 from kindiff.models.dit import DiT
 from kindiff.pipeline import DiTPipeline
 from kindiff.progress import say
-from kindiff.rivals import merged, save_adapter, start
+from kindiff.rivals import LEARNGENE, densified, load_learngene, merged, save_adapter, start
+from kindiff.rivals.learngenes import BANKS
 from kindiff.train.loop import fit
+from kindiff.train.preparing import choose_blocks, part_of, sigma_first
 from kindiff.train.run import Run, is_finished
 
 LABEL_DROPOUT = 0.1
@@ -40,17 +43,50 @@ def adapt(
         "base": checkpoint.hash_tensors(base.state_dict()),
     }
     # The model before the run's directory: a request that cannot be met leaves nothing behind.
-    seed = config.train.seed
-    model = None if is_finished(out) else start(base, samples.classes, config.rival, seed=seed)
+    rival, loop, seed = config.rival, config.train, config.train.seed
+    model = learngene = None
+    if not is_finished(out):
+        model = start(base, samples.classes, _with_blocks(rival), seed=seed)
+        if rival.method in BANKS:
+            learngene = _learngene_of(base, base_directory, rival.method)
     run = Run(Path(out), description)
     if model is None:
         say(f"{run.folder} is finished already")
         return DiTPipeline.from_pretrained(run.model)
     objective = ObjectiveConfig(kind=base.config.objective, label_dropout=LABEL_DROPOUT, gate_dropout=0.0)
-    trained = fit(model, samples, objective, config.train, run, config.data.flip)
-    save_adapter(trained, base, config.rival, run.folder / "adapter", seed=seed)
-    DiTPipeline(merged(trained, config.rival), load_autoencoder(base_directory)).save_pretrained(run.model)
+    flip = config.data.flip
+    if _with_blocks(rival) != rival:
+        blocks = choose_blocks(base, samples, objective, loop, run, count=rival.inherit, flip=flip)
+        say(f"inheriting the blocks {', '.join(map(str, blocks))}")
+        rival = dataclasses.replace(rival, blocks=blocks)
+        model = start(base, samples.classes, rival, seed=seed)
+    first = min(round(loop.steps * rival.sigma_share), loop.steps - 1) if rival.method == "fine" else 0
+    if learngene is not None and first:
+        model = sigma_first(learngene, samples, objective, part_of(loop, first), run, flip)
+    trained = fit(model, samples, objective, part_of(loop, loop.steps - first), run, flip)
+    save_adapter(trained, base, rival, run.folder / "adapter", seed=seed)
+    DiTPipeline(merged(trained, rival), load_autoencoder(base_directory)).save_pretrained(run.model)
     return DiTPipeline.from_pretrained(run.model)
+
+
+def _with_blocks(rival: RivalConfig) -> RivalConfig:
+    """Auto-LG's blocks are chosen in the run; until then any of them show whether the base can have so many."""
+    if rival.method != "auto-lg" or rival.blocks:
+        return rival
+    return dataclasses.replace(rival, blocks=tuple(range(rival.inherit)))
+
+
+def _learngene_of(base: DiT, base_directory: str | Path, method: str) -> DiT:
+    """The constrained model that the base was written out from; UsageError when it was not."""
+    folder = Path(base_directory).parent / LEARNGENE
+    learngene = load_learngene(folder, method=method, depth=base.config.depth)
+    if checkpoint.hash_tensors(densified(learngene).state_dict()) != checkpoint.hash_tensors(
+        base.state_dict()
+    ):
+        raise UsageError(
+            f"{base_directory} is not the model that the learngene {folder} makes; give that one."
+        )
+    return learngene
 
 
 def trainable(model: DiT) -> int:

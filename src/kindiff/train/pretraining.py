@@ -10,6 +10,8 @@ from kindiff.data.sets import SampleSet
 from kindiff.models.dit import DiT
 from kindiff.pipeline import DiTPipeline
 from kindiff.progress import say
+from kindiff.rivals import LEARNGENE, densified, save_learngene
+from kindiff.rivals.learngenes import BANKS
 from kindiff.train.loop import fit
 from kindiff.train.run import Run
 from kindiff.train.starting import init_hash, starting_model
@@ -31,7 +33,8 @@ def new_model(config: PretrainConfig, samples: SampleSet) -> DiT:
 def pretrain(config: PretrainConfig, out: str | Path) -> DiTPipeline:
     """Pre-train into the run directory `out`, or go on with the run that is there; returns the EMA model.
 
-    The finished model is also written to out/model. Raises UsageError when `out` holds a run with other
+    The finished model is also written to out/model; of method tleg, fine or wave it is the dense model that
+    out/learngene makes. Raises UsageError when `out` holds a run with other
     settings, and what `fit` and `open_samples` raise.
     """
     samples = open_samples(config.data)
@@ -40,6 +43,9 @@ def pretrain(config: PretrainConfig, out: str | Path) -> DiTPipeline:
     run = Run(Path(out), description | {"init": init_hash(config)})
     if not run.finished:
         trained = fit(model, samples, config.objective, config.train, run, config.data.flip)
+        if config.method in BANKS:
+            save_learngene(trained, config.method, run.folder / LEARNGENE)
+            trained = densified(trained)
         DiTPipeline(trained, samples.autoencoder()).save_pretrained(run.model)
     else:
         say(f"{run.folder} is finished already")

@@ -15,6 +15,7 @@ from kindiff.config import DiTConfig, PretrainConfig
 from kindiff.data.groups import read_grouping, superclass_of
 from kindiff.errors import UsageError
 from kindiff.models.dit import DiT
+from kindiff.rivals.learngenes import BANKS, constrained
 
 
 def starting_model(config: PretrainConfig, shape: DiTConfig, classes: ClassSet) -> DiT:
@@ -29,6 +30,8 @@ def starting_model(config: PretrainConfig, shape: DiTConfig, classes: ClassSet) 
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.train.seed)
+            if config.method in BANKS:
+                return constrained(shape, classes, config.method)
             model = DiT(shape, classes=classes)
     if model.structure is not None:
         _check_structure(config, model)

@@ -1,0 +1,64 @@
+"""Models of the base's own classes at a smaller size, scored as they are or after a short training."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from kindiff.components import Components, factorize, load_components
+from kindiff.config import DataConfig, KindConfig, PretrainConfig, TrainConfig
+from kindiff.data import open_samples
+from kindiff.models import DiT
+from kindiff.study.config import RecombineConfig
+from kindiff.train import pretrain
+
+
+def smaller(
+    recipe: PretrainConfig,
+    base: Path,
+    data: DataConfig,
+    train: TrainConfig,
+    config: RecombineConfig,
+    folder: Path,
+) -> PretrainConfig:
+    """Make the smaller model of a base's directory for the classes of `data`, into folder/model.
+
+    A decomposable base is recombined; a dense one is cut by SVD. With config.train it is trained on the data, into the
+    run directory `folder`. Returns the recipe of that training.
+    """
+    classes = open_samples(data).classes.names
+    kind = recipe.kind
+    if recipe.method == "kind":
+        parts = load_components(base / "parts", classes)
+        if not config.tailors:
+            parts = without_tailors(parts)
+        model = parts.recombine(classes, learngene_rank=config.learngene_rank or None, layers="factored")
+        kind = dataclasses.replace(
+            kind, learngene_rank=config.learngene_rank or kind.learngene_rank, targets=parts.targets
+        )
+    else:
+        model = DiT.from_pretrained(base / "model")
+        if config.learngene_rank:
+            kind = KindConfig(learngene_rank=config.learngene_rank, tailor_rank=0, init="svd")
+            model = factorize(model, kind)
+    if not config.train:
+        model.save_pretrained(folder / "model")
+        return dataclasses.replace(recipe, data=data, train=train)
+    start = folder.with_name(f"{folder.name}--start")
+    model.save_pretrained(start)
+    recipe = dataclasses.replace(
+        recipe,
+        data=data,
+        method="dense" if model.structure is None else "kind",
+        kind=kind,
+        train=train,
+        init=str(start),
+    )
+    pretrain(recipe, folder)
+    return recipe
+
+
+def without_tailors(parts: Components) -> Components:
+    """The same parts with nothing of a class but its embedding: the learngenes alone."""
+    names = {name: {"class_embed": tensors["class_embed"]} for name, tensors in parts.tailors.items()}
+    return dataclasses.replace(parts, targets=(), tailors=names)

