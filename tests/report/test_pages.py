@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_up import METHODS, record, write_records
+from made_up import METHODS, record, records_of, write_records
 
 from kindiff.classes import ClassSet
 from kindiff.cli.main import main
@@ -20,8 +20,10 @@ from kindiff.errors import BadFileError, UsageError
 from kindiff.report.page import Cell, page, sortable
 from kindiff.study.records import read_records
 from kindiff.study.report import write_report
+from kindiff.study.report_figures import paretos, task_table
 from kindiff.study.report_pictures import nearest
 from kindiff.study.report_run import metrics
+from kindiff.study.tables import best_rows
 from toys import NEW_SHAPES, SHAPES, SIZE, files_of, toy
 
 VOID = {"meta", "img"}
@@ -87,7 +89,7 @@ def test_a_study_has_its_tables_figures_and_pictures(study_page: Path) -> None:
     assert heads[-1] == "Appendix: learning rates"
     figures = content.texts["figcaption"]
     assert sum("against trained parameters" in f for f in figures) == 3
-    assert sum("against the cost" in f for f in figures) == 3
+    assert sum("against GMACs" in f for f in figures) == 3
     assert sum("against steps" in f for f in figures) == 1
     assert sum("Cosine between" in f for f in figures) == 2, "the best KIND model and its base"
     for label, *_ in METHODS.values():
@@ -176,6 +178,15 @@ def test_cells_without_a_number_stay_among_numbers() -> None:
     assert '<td data-order=""></td>' in shown
     assert '<tr class="mark"><td class="words">b</td><td data-order="1500">1.5k</td></tr>' in shown
     assert '<th scope="col" class="words">name</th><th scope="col">n</th>' in shown
+
+
+def test_models_that_were_not_trained_have_no_rate_and_no_cost_of_training() -> None:
+    records = [replace(r, trainable=0, parameters=1000 * i) for i, r in enumerate(records_of("a"), start=1)]
+    rows = best_rows(records)
+    assert task_table(rows).count(">not trained</td>") == len(METHODS)
+    drawn = paretos(rows, records)
+    costs = [re.search("against (.*?)<", figure).group(1) for figure in drawn]
+    assert costs == ["GMACs of one forward pass", "parameters in total"]
 
 
 def test_nearest_finds_copies_and_mirror_images(work: Path) -> None:

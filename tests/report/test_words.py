@@ -24,24 +24,27 @@ def rows_of(distances: dict[str, tuple[float, ...]], task: str = "a", steps: int
 
 def test_the_first_stands_against_the_best_of_the_other_side() -> None:
     found = verdict(
-        rows_of({"kind-1": (5.0, 5.2), "kind-2": (4.0, 4.4), "full": (7.0, 7.1), "oft": (9.0, 9.0)})
+        rows_of({"kind-1": (5.0, 5.2), "kind-2": (4.0, 4.4), "full": (7.0, 7.1), "oft": (9.0, 9.0)}),
+        sides=True,
     )
     assert (found.first.method, found.second.method) == ("kind-2", "full")
     assert found.gap == pytest.approx(7.05 - 4.2)
     assert found.spread == pytest.approx(math.sqrt(2 * 0.2**2))
     assert found.spreads == pytest.approx(2.85 / 0.2828427)
     assert found.clear
-    beaten = verdict(rows_of({"kind-1": (5.0, 5.2), "full": (3.0, 3.1), "oft": (4.0, 4.0)}))
+    beaten = verdict(rows_of({"kind-1": (5.0, 5.2), "full": (3.0, 3.1), "oft": (4.0, 4.0)}), sides=True)
     assert (beaten.first.method, beaten.second.method) == ("full", "kind-1")
 
 
 def test_without_another_side_it_stands_against_the_next() -> None:
-    assert verdict(rows_of({"oft": (4.0,), "full": (3.0,), "lora-6": (5.0,)})).second.method == "oft"
-    assert verdict(rows_of({"oft": (4.0,)})) is None
+    assert (
+        verdict(rows_of({"oft": (4.0,), "full": (3.0,), "lora-6": (5.0,)}), sides=True).second.method == "oft"
+    )
+    assert verdict(rows_of({"oft": (4.0,)}), sides=True) is None
 
 
 def test_a_win_is_said_with_its_size() -> None:
-    said = sentence(verdict(rows_of({"kind-2": (4.0, 4.4), "full": (7.0, 7.1)})))
+    said = sentence(verdict(rows_of({"kind-2": (4.0, 4.4), "full": (7.0, 7.1)}), sides=True))
     assert "KIND, rank 2 a class is first with FD (Lite0) 4.20 ± 0.28" in said
     assert "the best rival, full fine-tuning, has 7.05 ± 0.07" in said
     assert "10.1 times the larger spread" in said
@@ -51,22 +54,22 @@ def test_a_win_is_said_with_its_size() -> None:
 
 def test_a_defeat_is_said_too() -> None:
     rows = rows_of({"kind-2": (8.0, 8.4), "full": (7.0, 7.1)})
-    assert "full fine-tuning is first" in sentence(verdict(rows))
-    assert "KIND's best setting, KIND, rank 2 a class, has 8.20" in sentence(verdict(rows))
+    assert "full fine-tuning is first" in sentence(verdict(rows, sides=True))
+    assert "KIND's best setting, KIND, rank 2 a class, has 8.20" in sentence(verdict(rows, sides=True))
     assert "none: the one task has another winner; where it is not, full fine-tuning is" in headline(
-        {"a": rows}
+        {"a": rows}, sides=True
     )
 
 
 def test_what_is_within_the_spread_has_no_clear_winner() -> None:
     rows = rows_of({"kind-2": (6.0, 8.0), "full": (7.1, 7.2)})
-    assert "no clear winner" in sentence(verdict(rows))
-    assert "beyond the spread" in headline({"a": rows})
-    assert "on 0 of them beyond the spread" in headline({"a": rows})
+    assert "no clear winner" in sentence(verdict(rows, sides=True))
+    assert "beyond the spread" in headline({"a": rows}, sides=True)
+    assert "on 0 of them beyond the spread" in headline({"a": rows}, sides=True)
 
 
 def test_one_seed_has_no_spread() -> None:
-    found = verdict(rows_of({"kind-2": (4.0,), "full": (7.0,)}))
+    found = verdict(rows_of({"kind-2": (4.0,), "full": (7.0,)}), sides=True)
     assert not found.clear
     assert "no spread to measure" in sentence(found)
     assert "±" not in sentence(found)
@@ -75,11 +78,21 @@ def test_one_seed_has_no_spread() -> None:
 def test_the_headline_counts_tasks_and_budgets() -> None:
     won, lost = {"kind-1": (5.0, 5.1), "lora-6": (6.0, 6.1)}, {"kind-1": (7.0, 7.1), "lora-6": (6.0, 6.1)}
     tasks = {name: rows_of(d, name) for name, d in (("a", won), ("b", lost), ("c", won))}
-    said = headline(tasks)
+    said = headline(tasks, sides=True)
     assert said.startswith("KIND is first on 2 of 3 tasks, each time beyond the spread")
     assert "where it is not, LoRA, rank 6 is" in said
     assert "first in 2 of 3 groups" in said
-    assert "all 2 tasks" in headline({k: v for k, v in tasks.items() if k != "b"})
+    assert "all 2 tasks" in headline({k: v for k, v in tasks.items() if k != "b"}, sides=True)
+
+
+def test_variants_of_one_method_stand_against_each_other() -> None:
+    rows = rows_of({"kind-1": (5.0, 5.2), "kind-2": (4.0, 4.4), "full": (7.0, 7.1)})
+    found = verdict(rows, sides=False)
+    assert (found.first.method, found.second.method) == ("kind-2", "kind-1")
+    assert "the next one, KIND, rank 1 a class, has 5.10" in sentence(found)
+    assert headline({"a": rows}, sides=False) == "KIND, rank 2 a class is first, beyond the spread."
+    close = rows_of({"kind-1": (4.5, 4.1), "kind-2": (4.0, 4.4), "full": (7.0, 7.1)}, "b")
+    assert headline({"b": close}, sides=False).endswith("is first; the next is as good within the spread.")
 
 
 def test_budgets_are_groups_in_which_kind_meets_a_rival() -> None:

@@ -131,7 +131,9 @@ def exchange_tailors(model: DiT, partners: Sequence[int]) -> DiT:
 def _gate_weights(model: DiT) -> Tensor:
     """(C, S) float64: how much of each slot each class has."""
     if model.structure is None or model.gate is None:
-        raise UsageError("the model has dense matrices; only a model made of components has parts to look at.")
+        raise UsageError(
+            "the model has dense matrices; only a model made of components has parts to look at."
+        )
     ids_C = torch.arange(len(model.classes))
     slots_CK, weights_CK = model.gate(ids_C, model.class_embed.weight[:-1])
     weights_CS = torch.zeros(len(ids_C), max(int(model.structure["slots"]), 1), dtype=torch.float64)
@@ -143,9 +145,7 @@ def _tailor_gram(layer: ComponentLinear, weights_CS: Tensor) -> Tensor:
     classes, slots = weights_CS.shape
     if not layer.has_tailors:
         return torch.zeros(classes, classes, dtype=torch.float64)
-    bank = _double(
-        layer.tailor_u.flatten(0, 1), layer.tailor_sigma.flatten(), layer.tailor_v.flatten(0, 1)
-    )
+    bank = _double(layer.tailor_u.flatten(0, 1), layer.tailor_sigma.flatten(), layer.tailor_v.flatten(0, 1))
     gram_SS = _products(bank, bank).unflatten(0, (slots, -1)).unflatten(2, (slots, -1)).sum(dim=(1, 3))
     return weights_CS @ gram_SS @ weights_CS.T
 

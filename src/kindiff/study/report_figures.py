@@ -18,14 +18,14 @@ def colour(family: str) -> int:
     return list(FAMILIES).index(family) if family in FAMILIES else len(FAMILIES) - 1
 
 
-def winners(tasks: Mapping[str, Sequence[Row]], labels: Mapping[str, str]) -> str:
-    """Who is first on each task, and within each group of like numbers of trained parameters; against the best of the
-    other side (KIND or its rivals)."""
+def winners(tasks: Mapping[str, Sequence[Row]], labels: Mapping[str, str], *, sides: bool) -> str:
+    """Who is first on each task, against the next one; with sides, KIND against its rivals, also within each group of
+    like numbers of trained parameters."""
     lines: list[list[str | Cell]] = []
     for task, rows in tasks.items():
-        groups = {"all": list(rows), **budgets(rows)}
+        groups = {"all": list(rows), **(budgets(rows) if sides else {})}
         for group, own in groups.items():
-            found = verdict(own)
+            found = verdict(own, sides=sides)
             if found is None:
                 continue
             first, second = found.first, found.second
@@ -56,7 +56,7 @@ def task_table(rows: Sequence[Row]) -> str:
             _number(_plain(row.recall_mean, 2), row.recall_mean),
             Cell(text=f"{row.trainable:,}", order=row.trainable),
             Cell(text=f"{row.gmacs:.4f}", order=row.gmacs),
-            Cell(text=f"{row.lr:g}{'' if row.bracketed else ' (edge)'}", order=row.lr),
+            _rate(row),
             Cell(text=str(row.seeds), order=row.seeds),
         ]
         for row in rows
@@ -69,7 +69,22 @@ def task_table(rows: Sequence[Row]) -> str:
     return sortable(columns, lines, marked=marked)
 
 
-def pareto(rows: Sequence[Row], *, title: str, against: Mapping[str, float], axis: Axis) -> str:
+def paretos(rows: Sequence[Row], records: Sequence[Record]) -> list[str]:
+    """Distance against each cost in which the methods differ: trained parameters, GMACs, parameters in total."""
+    sizes = {r.method: float(r.parameters) for r in records if r.task == rows[0].task}
+    costs = (
+        ("trained parameters", {row.method: float(row.trainable) for row in rows}),
+        ("GMACs of one forward pass", {row.method: row.gmacs for row in rows}),
+        ("parameters in total", sizes),
+    )
+    return [
+        pareto(rows, against, what)
+        for what, against in costs
+        if len({against[row.method] for row in rows}) > 1
+    ]
+
+
+def pareto(rows: Sequence[Row], against: Mapping[str, float], what: str) -> str:
     """Distance against a cost of each method, with the front that no other method beats in both."""
     series = [
         Series(
@@ -81,15 +96,15 @@ def pareto(rows: Sequence[Row], *, title: str, against: Mapping[str, float], axi
         )
         for row in rows
     ]
-    return chart(
-        title, series, x=axis, y=Axis(name=rows[0].distance_name, log=True), rule=_floor(rows), front=True
-    )
+    name = rows[0].distance_name
+    x, y = Axis(name=what, log=True), Axis(name=name, log=True)
+    return chart(f"{name} against {what}", series, x=x, y=y, rule=_floor(rows), front=True)
 
 
-def courses(lines: Sequence[Sequence[Row]], *, title: str) -> str:
+def courses(lines: Sequence[Sequence[Row]]) -> str:
     """Distance against steps: for each method its rows over tasks that differ in their steps alone."""
     return chart(
-        title,
+        f"{lines[0][0].distance_name} against steps, each number of steps a training of its own",
         [
             Series(
                 name=own[0].label,
@@ -118,6 +133,7 @@ def rates(rows: Sequence[Row], swept: Mapping[tuple[str, str], Mapping[float, fl
                 strong=row.family == "kind",
             )
             for row in rows
+            if row.trainable
         ],
         x=Axis(name="learning rate", log=True),
         y=Axis(name=f"{rows[0].distance_name} on validation images", log=True),
@@ -131,12 +147,6 @@ def legend(rows: Sequence[Row]) -> str:
     return f'<div class="keys">{keys}</div>'
 
 
-def sizes(records: Sequence[Record], rows: Sequence[Row]) -> dict[str, float]:
-    """Parameters in total by method."""
-    return {row.method: next(float(r.parameters) for r in records if r.method == row.method and r.task == row.task)
-            for row in rows}  # fmt: skip
-
-
 def _floor(rows: Sequence[Row]) -> tuple[float, str] | None:
     known = [row.floor for row in rows if not math.isnan(row.floor)]
     return (min(known), f"floor: real against real, {short(min(known))}") if known else None
@@ -144,6 +154,12 @@ def _floor(rows: Sequence[Row]) -> tuple[float, str] | None:
 
 def _known(spread: float) -> float:
     return 0.0 if math.isnan(spread) else spread
+
+
+def _rate(row: Row) -> Cell:
+    if not row.trainable:
+        return Cell(text="not trained")
+    return Cell(text=f"{row.lr:g}{'' if row.bracketed else ' (edge)'}", order=row.lr)
 
 
 def _number(text: str, order: float) -> Cell:

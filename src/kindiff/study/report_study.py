@@ -12,7 +12,6 @@ from kindiff.config import DataConfig, from_dict
 from kindiff.errors import UsageError
 from kindiff.pipeline import DiTPipeline
 from kindiff.progress import Track
-from kindiff.report.charts import Axis
 from kindiff.report.page import bullets, figures, folded, heading, page, paragraph, sheet
 from kindiff.study import report_figures as made
 from kindiff.study.config import Study, read_study
@@ -56,6 +55,11 @@ class Material:
         """What the tasks are called."""
         return {name: task.label for name, task in self.study.tasks.items()}
 
+    @property
+    def sides(self) -> bool:
+        """Whether KIND stands against other people's methods here, not variants and controls against each other."""
+        return any(method.rival is not None for method in self.study.methods.values())
+
     def label(self, task: str) -> str:
         return self.labels.get(task, task)
 
@@ -93,27 +97,37 @@ def _first_screen(m: Material) -> list[str]:
     return [
         heading(m.study.config.title, 1),
         paragraph(m.study.config.question),
-        paragraph(headline(m.tasks), strong=True),
+        paragraph(headline(m.tasks, sides=m.sides), strong=True),
         *([paragraph(unfinished)] if open_work else []),
         *map(paragraph, _protocol(m)),
-        made.winners(m.tasks, m.labels),
+        made.winners(m.tasks, m.labels, sides=m.sides),
     ]
 
 
 def _protocol(m: Material) -> list[str]:
     """What was compared and how, for a reader who has not seen the project."""
-    one = m.rows[0]
+    one, count, rates = m.rows[0], len({row.method for row in m.rows}), len(m.study.config.lrs)
     base = m.record(one).base
     start = m.study.bases[base].data.source if base in m.study.bases else base
     seeds = max(row.seeds for row in m.rows)
-    methods, tasks = len({row.method for row in m.rows}), len(m.tasks)
+    tasks = f"{len(m.tasks)} tasks" if len(m.tasks) > 1 else "one task"
+    if m.sides:
+        what = (
+            f"{count} methods were compared on {tasks}: from a few images each, teach new classes to a diffusion "
+            f"transformer that was pre-trained on other classes ({start}). "
+        )
+        new = "; a new class gets a fresh tailor and everything else stays frozen. "
+    else:
+        what = (
+            f"{count} variants, controls and sizes of models were compared on {tasks}; all come from pre-training on "
+            f"{start}, and are scored as they are or after the same short training. "
+        )
+        new = ", so that smaller models can be put together from the parts. "
     return [
-        f"{methods} methods were compared on {tasks} {'tasks' if tasks > 1 else 'task'}: from a few images each, teach "
-        f"new classes to a diffusion transformer that was pre-trained on other classes ({start}). KIND, this project's "
-        "method, pre-trains a model whose weights come apart into shared learngenes and a small tailor for each class; "
-        "a new class gets a fresh tailor and everything else stays frozen. On a task all methods have the same images, "
-        f"batches and steps and the same {len(m.study.config.lrs)} learning rates to choose from, by images held out "
-        "for that.",
+        what
+        + "KIND, this project's method, pre-trains a model whose weights come apart into shared learngenes and a "
+        f"small tailor for each class{new}On a task all trainings have the same images, batches and steps and the same "
+        f"{rates} learning rates to choose from, by images held out for that.",
         f"{one.distance_name} is a Fréchet distance between features of samples and of real test images: lower is "
         f"better; mean ± standard deviation over {seeds} seeds. The floor is that distance between two sets of real "
         "images. Class accuracy is the share of samples that a classifier takes for the class they were asked to be.",
@@ -125,24 +139,9 @@ def _tasks(m: Material) -> list[str]:
     for task, rows in m.tasks.items():
         floor = rows[0].floor
         count = rows[0].count
-        name = rows[0].distance_name
-        drawings = [
-            made.pareto(
-                rows, title=f"{name} against trained parameters", against={r.method: r.trainable for r in rows},
-                axis=Axis(name="trained parameters", log=True),
-            ),
-            made.pareto(
-                rows, title=f"{name} against the cost of one forward pass", against={r.method: r.gmacs for r in rows},
-                axis=Axis(name="GMACs an image"),
-            ),
-        ]  # fmt: skip
-        sizes = made.sizes(m.records, rows)
-        if len(set(sizes.values())) > 1:
-            title, axis = f"{name} against parameters in total", Axis(name="parameters", log=True)
-            drawings.append(made.pareto(rows, title=title, against=sizes, axis=axis))
         body += [
             heading(m.label(task)),
-            *([paragraph(sentence(found))] if (found := verdict(rows)) else []),
+            *([paragraph(sentence(found))] if (found := verdict(rows, sides=m.sides)) else []),
             paragraph(
                 f"{count} samples a score; floor {floor:.3g}. Choose a column's head to sort by it. Edge: the best "
                 "rate is the lowest or highest tried, so a better one may lie beyond. In the figures a dotted line "
@@ -151,19 +150,13 @@ def _tasks(m: Material) -> list[str]:
             ),
             made.task_table(rows),
             made.legend(rows),
-            figures(drawings),
+            figures(made.paretos(rows, m.records)),
         ]
     for name, lines in by_steps(m.rows).items():
         body += [
             heading(f"Convergence: {name}"),
             paragraph(convergence(lines)),
-            figures(
-                [
-                    made.courses(
-                        lines, title="Distance against steps, each number of steps a training of its own"
-                    )
-                ]
-            ),
+            figures([made.courses(lines)]),
         ]
     return body
 

@@ -26,8 +26,9 @@ class Verdict:
     first: Row
     """Lowest distance of all."""
     second: Row
-    """The best of the other side: of the rivals when KIND is first, KIND's when a rival is; where there is one side
-    only, the next row."""
+    """The best of the other side (of the rivals when KIND is first, KIND's when a rival is), or the next row."""
+    sides: bool
+    """Whether the two are KIND and a rival."""
 
     @property
     def gap(self) -> float:
@@ -51,13 +52,16 @@ class Verdict:
         return self.spreads > 1
 
 
-def verdict(rows: Sequence[Row]) -> Verdict | None:
-    """The verdict over rows of one task; None with fewer than two methods."""
+def verdict(rows: Sequence[Row], *, sides: bool) -> Verdict | None:
+    """The verdict over rows of one task; None with fewer than two methods.
+
+    sides: KIND against its rivals, where both are there; else the first against the next.
+    """
     ranked = sorted(rows, key=lambda row: row.distance_mean)
     if len(ranked) < 2:
         return None
-    other_side = [row for row in ranked[1:] if (row.family == "kind") != (ranked[0].family == "kind")]
-    return Verdict(first=ranked[0], second=(other_side or ranked[1:])[0])
+    other_side = [row for row in ranked[1:] if sides and _is_kind(row) != _is_kind(ranked[0])]
+    return Verdict(first=ranked[0], second=(other_side or ranked[1:])[0], sides=bool(other_side))
 
 
 def budgets(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -66,16 +70,16 @@ def budgets(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for row in rows:
         if row.budget:
             groups.setdefault(row.budget, []).append(row)
-    return {name: own for name, own in sorted(groups.items()) if len({r.family == "kind" for r in own}) == 2}
+    return {name: own for name, own in sorted(groups.items()) if len({_is_kind(r) for r in own}) == 2}
 
 
 def sentence(found: Verdict) -> str:
     """A verdict in two or three sentences."""
     first, second = found.first, found.second
     name = first.distance_name
-    against = "best rival" if first.family == "kind" else "KIND's best setting"
-    if (first.family == "kind") == (second.family == "kind"):
-        against = "next one"
+    against = "next one"
+    if found.sides:
+        against = "best rival" if _is_kind(first) else "KIND's best setting"
     lead = f"{first.label} is first with {name} {distance(first)}; the {against}, {second.label}, has "
     lead += f"{distance(second)}."
     if math.isnan(found.spreads):
@@ -100,25 +104,39 @@ def sentence(found: Verdict) -> str:
     return f"{lead} {by}{cost}"
 
 
-def headline(tasks: Mapping[str, Sequence[Row]]) -> str:
+def headline(tasks: Mapping[str, Sequence[Row]], *, sides: bool) -> str:
     """Who won, in a sentence or two: KIND against all its rivals, and at like numbers of trained parameters."""
-    found = [v for v in map(verdict, tasks.values()) if v]
-    against = [v for v in found if (v.first.family == "kind") != (v.second.family == "kind")]
+    found = [v for rows in tasks.values() if (v := verdict(rows, sides=sides))]
+    against = [v for v in found if v.sides]
     if not against:
-        return f"{' '.join(dict.fromkeys(f'{v.first.label} is first.' for v in found))}"
-    won = [v for v in against if v.first.family == "kind"]
+        return " ".join(dict.fromkeys(f"{v.first.label} is first{_how_clear(v)}." for v in found))
+    won = [v for v in against if _is_kind(v.first)]
     said = f"KIND is first on {_of(len(won), len(against), 'task')}"
     if won:
         clear = sum(v.clear for v in won)
         said += f", {'each time' if clear == len(won) else f'on {clear} of them'} beyond the spread"
-    if lost := {v.first.label for v in against if v.first.family != "kind"}:
+    if lost := {v.first.label for v in against if not _is_kind(v.first)}:
         said += f"; where it is not, {' or '.join(sorted(lost))} is"
-    level = [v for rows in tasks.values() for own in budgets(rows).values() if (v := verdict(own))]
+    groups = [own for rows in tasks.values() for own in budgets(rows).values()]
+    level = [v for own in groups if (v := verdict(own, sides=True))]
     if level:
-        won_level = sum(v.first.family == "kind" for v in level)
-        groups = _of(won_level, len(level), "group")
-        said += f". Among methods that train about as many parameters it is first in {groups}"
+        won_level = _of(sum(_is_kind(v.first) for v in level), len(level), "group")
+        said += f". Among methods that train about as many parameters it is first in {won_level}"
     return f"{said}."
+
+
+def _is_kind(row: Row) -> bool:
+    return row.family == "kind"
+
+
+def _how_clear(found: Verdict) -> str:
+    return (
+        ", beyond the spread"
+        if found.clear
+        else "; the next is as good within the spread"
+        if found.spreads <= 1
+        else ""
+    )
 
 
 def _of(count: int, total: int, what: str) -> str:
@@ -147,7 +165,7 @@ def with_spread(mean: float, spread: float, digits: int) -> str:
 def convergence(lines: Sequence[Sequence[Row]]) -> str:
     """In a sentence, when KIND reaches the best rival's last score; lines are rows of a method by steps. Empty where
     KIND or a rival is missing."""
-    ends = {own[-1].family == "kind": own for own in sorted(lines, key=lambda own: -own[-1].distance_mean)}
+    ends = {_is_kind(own[-1]): own for own in sorted(lines, key=lambda own: -own[-1].distance_mean)}
     if len(ends) < 2:
         return ""
     kind, rival = ends[True], ends[False][-1]
