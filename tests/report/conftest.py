@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from made_up import METHODS, records_of, write_records, write_study
 
 from kindiff.components import decompose, save_components
 from kindiff.config import AdaptConfig, DataConfig, RivalConfig, TransferConfig
 from kindiff.study.report import write_report
 from kindiff.train import adapt, pretrain, transfer
+from report.made_up import METHODS, records_of, write_records, write_study
 from toys import NEW_SHAPES, SIZE, toy, write_shapes
 
 TASKS = {"shapes-50s": 50, "shapes-100s": 100, "shapes-200s": 200}

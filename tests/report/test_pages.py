@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_up import METHODS, record, records_of, write_records
 
 from kindiff.classes import ClassSet
 from kindiff.cli.main import main
@@ -24,6 +23,7 @@ from kindiff.study.report_figures import paretos, task_table
 from kindiff.study.report_pictures import nearest
 from kindiff.study.report_run import metrics
 from kindiff.study.tables import best_rows
+from report.made_up import METHODS, record, records_of, write_records
 from toys import NEW_SHAPES, SHAPES, SIZE, files_of, toy
 
 VOID = {"meta", "img"}

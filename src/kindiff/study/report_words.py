@@ -89,7 +89,9 @@ def sentence(found: Verdict) -> str:
     else:
         by = f"The difference of {found.gap:.2g} is within the spread ({found.spreads:.1f} of it): no clear winner."
     if not math.isnan(first.floor):
-        by += f" Two sets of real images differ by {first.floor:.3g}."
+        above, other = (row.distance_mean - row.floor for row in (first, second))
+        by += f" Two sets of real images differ by {first.floor:.3g}: it is {above:.3g} above that, the other "
+        by += f"{other:.3g}."
     if not math.isnan(first.accuracy_mean + second.accuracy_mean):
         by += f" Class accuracy: {first.accuracy_mean:.3f} against {second.accuracy_mean:.3f}"
         by += (
