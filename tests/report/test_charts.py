@@ -89,6 +89,15 @@ def test_a_spread_below_zero_stays_on_a_logarithmic_scale() -> None:
     ElementTree.fromstring(drawn)
 
 
+def test_a_level_far_off_is_named_and_does_not_flatten_the_rest() -> None:
+    series = [Series(name=n, points=[(1, v)]) for n, v in (("a", 10.0), ("b", 12.0))]
+    near, far = (chart("t", series, x=X, y=Y, rule=(level, "floor")) for level in (8.0, 1.0))
+    assert 'class="rule"' in near
+    assert 'class="rule"' not in far
+    assert "t (floor: not in the picture)" in far
+    assert heights(far)["a"] - heights(far)["b"] > 200
+
+
 def test_one_value_everywhere_is_drawn() -> None:
     for log in (False, True):
         axis = Axis(name="a", log=log)

@@ -56,16 +56,15 @@ def test_a_defeat_is_said_too() -> None:
     rows = rows_of({"kind-2": (8.0, 8.4), "full": (7.0, 7.1)})
     assert "full fine-tuning is first" in sentence(verdict(rows, sides=True))
     assert "KIND's best setting, KIND, rank 2 a class, has 8.20" in sentence(verdict(rows, sides=True))
-    assert "none: the one task has another winner; where it is not, full fine-tuning is" in headline(
-        {"a": rows}, sides=True
-    )
+    assert headline({"a": rows}, sides=True) == "full fine-tuning is first, beyond the spread."
 
 
 def test_what_is_within_the_spread_has_no_clear_winner() -> None:
     rows = rows_of({"kind-2": (6.0, 8.0), "full": (7.1, 7.2)})
     assert "no clear winner" in sentence(verdict(rows, sides=True))
-    assert "beyond the spread" in headline({"a": rows}, sides=True)
-    assert "on 0 of them beyond the spread" in headline({"a": rows}, sides=True)
+    assert headline({"a": rows}, sides=True) == "KIND is first; the difference is within the spread."
+    twice = {"a": rows, "b": rows_of({"kind-2": (6.0, 8.0), "full": (7.1, 7.2)}, "b")}
+    assert headline(twice, sides=True) == "KIND is first on all 2 tasks, on 0 of them beyond the spread."
 
 
 def test_one_seed_has_no_spread() -> None:
@@ -82,6 +81,8 @@ def test_the_headline_counts_tasks_and_budgets() -> None:
     assert said.startswith("KIND is first on 2 of 3 tasks, each time beyond the spread")
     assert "where it is not, LoRA, rank 6 is" in said
     assert "first in 2 of 3 groups" in said
+    one = headline({"b": tasks["b"]}, sides=True)
+    assert one.endswith("Among methods that train about as many parameters KIND is not first.")
     assert "all 2 tasks" in headline({k: v for k, v in tasks.items() if k != "b"}, sides=True)
 
 
@@ -92,7 +93,7 @@ def test_variants_of_one_method_stand_against_each_other() -> None:
     assert "the next one, KIND, rank 1 a class, has 5.10" in sentence(found)
     assert headline({"a": rows}, sides=False) == "KIND, rank 2 a class is first, beyond the spread."
     close = rows_of({"kind-1": (4.5, 4.1), "kind-2": (4.0, 4.4), "full": (7.0, 7.1)}, "b")
-    assert headline({"b": close}, sides=False).endswith("is first; the next is as good within the spread.")
+    assert headline({"b": close}, sides=False).endswith("is first; the difference is within the spread.")
 
 
 def test_budgets_are_groups_in_which_kind_meets_a_rival() -> None:

@@ -63,7 +63,8 @@ def chart(
 ) -> str:
     """A figure: series of one point are labelled markers, the others lines named at their end.
 
-    rule: a level with a name, drawn across. front: join the first points of series that no other beats in both
+    rule: a level with a name, drawn across; named in the title where it is so far off that it would flatten the
+    rest. front: join the first points of series that no other beats in both
     (lower is better). Points that are not finite, or not above zero on a logarithmic axis, are left out; with none
     left the figure says so.
     """
@@ -74,13 +75,16 @@ def chart(
     lines = any(len(s.points) > 1 for s in kept)
     bars = [(v, s.spreads[i] if s.spreads else 0.0) for s in kept for i, (_, v) in enumerate(s.points)]
     heights = [v + sign * bar for v, bar in bars for sign in (-1, 1)]
-    if rule and not (y.log and rule[0] <= 0):
+    heights = [v for v in heights if v > 0 or not y.log]
+    if rule and not _near(rule[0], heights, y.log):
+        title, rule = f"{title} ({rule[1]}: not in the picture)", None
+    if rule:
         heights.append(rule[0])
     right = WIDTH - RIGHT - (LABELS if lines and len(kept) > 1 else 0)
     across = _scale([a for s in kept for a, _ in s.points], LEFT, right, x.log)
-    up = _scale([v for v in heights if v > 0 or not y.log], HEIGHT - BOTTOM, TOP, y.log)
+    up = _scale(heights, HEIGHT - BOTTOM, TOP, y.log)
     parts = [*_axes(across, up, x, y, right)]
-    if rule and not (y.log and rule[0] <= 0):
+    if rule:
         place = up(rule[0])
         parts.append(f'<line class="rule" x1="{LEFT:g}" x2="{right:.1f}" y1="{place:.1f}" y2="{place:.1f}"/>')
         parts.append(text(LEFT + 4, place - 4, rule[1], kind="axis"))
@@ -94,6 +98,14 @@ def chart(
     elif not lines:
         parts += _point_labels(kept, across, up, right)
     return figure(title, f"{y.name} against {x.name}", "".join(parts), width=WIDTH, height=HEIGHT)
+
+
+def _near(level: float, heights: Sequence[float], log: bool) -> bool:
+    """Whether a level at most trebles the range of the heights."""
+    if log and level <= 0:
+        return False
+    low, high, place = (math.log(v) if log else v for v in (min(heights), max(heights), level))
+    return max(high, place) - min(low, place) <= 3 * (high - low)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -229,7 +241,7 @@ def _point_labels(series: Sequence[Series], across: Scale, up: Scale, right: flo
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in marks]
     parts = []
     for s in series:
-        name = _cut(s.name, 150)
+        name = _cut(s.name, 190)
         wide = LETTER * len(name)
         x, y = across(s.points[0][0]), up(s.points[0][1])
         for dx, dy, anchor in (

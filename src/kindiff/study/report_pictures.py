@@ -142,23 +142,26 @@ def exchange_sheet(pipeline: DiTPipeline, config: SampleConfig, real: ImageSet |
         with_others(alike),
         with_others(unlike),
     )
-    columns = ["learngenes alone", "its own tailor", "most alike tailor", "least alike tailor"]
-    rows = []
-    for i, name in enumerate(names):
-        label = f"{name} (alike: {model.classes.names[alike[i]]}; unlike: {model.classes.names[unlike[i]]})"
-        shown = [bare[i], own[i], near[i], far[i]]
-        if isinstance(real, ImageSet):
-            shown.insert(0, real.select([name], per_class=SHOWN).images)
-        rows.append((label, shown))
+    lines = [
+        ("learngenes alone", bare),
+        ("its own tailor", own),
+        ("most alike tailor", near),
+        ("least alike tailor", far),
+    ]
     if isinstance(real, ImageSet):
-        columns.insert(0, "real")
+        lines.insert(0, ("real", [real.select([name], per_class=SHOWN).images for name in names]))
+    heads = [
+        f"{name} / {model.classes.names[a]} / {model.classes.names[u]}"
+        for name, a, u in zip(names, alike, unlike, strict=False)
+    ]
     return [
         heading("What one tailor changes", 3),
         paragraph(
-            "Each row has the same noise and the same class embedding throughout; only the tailor differs: none, the "
-            "class's own, that of the class whose tailor is most alike, and of the one least alike (by cosine)."
+            "Down a column the noise and the class embedding are the same; only the tailor differs: none, the class's "
+            "own, that of the class whose tailor is most alike, and of the one least alike (by cosine). Heads: class / "
+            "most alike / least alike."
         ),
-        sheet(columns, rows, zoom=zoom_of(own[0].shape[1])),
+        sheet(heads, lines, zoom=zoom_of(own[0].shape[1]), wide=True),
     ]
 
 

@@ -90,7 +90,9 @@ def sentence(found: Verdict) -> str:
         by = f"The difference of {found.gap:.2g} is within the spread ({found.spreads:.1f} of it): no clear winner."
     if not math.isnan(first.floor):
         above, other = (row.distance_mean - row.floor for row in (first, second))
-        by += f" Two sets of real images differ by {first.floor:.3g}: it is {above:.3g} above that, the other "
+        by += (
+            f" Two sets of real images differ by {first.floor:.3g}: it is {above:.3g} above that, the other "
+        )
         by += f"{other:.3g}."
     if not math.isnan(first.accuracy_mean + second.accuracy_mean):
         by += f" Class accuracy: {first.accuracy_mean:.3f} against {second.accuracy_mean:.3f}"
@@ -113,17 +115,26 @@ def headline(tasks: Mapping[str, Sequence[Row]], *, sides: bool) -> str:
     if not against:
         return " ".join(dict.fromkeys(f"{v.first.label} is first{_how_clear(v)}." for v in found))
     won = [v for v in against if _is_kind(v.first)]
-    said = f"KIND is first on {_of(len(won), len(against), 'task')}"
-    if won:
-        clear = sum(v.clear for v in won)
-        said += f", {'each time' if clear == len(won) else f'on {clear} of them'} beyond the spread"
-    if lost := {v.first.label for v in against if not _is_kind(v.first)}:
-        said += f"; where it is not, {' or '.join(sorted(lost))} is"
+    if len(against) == 1:
+        said = f"{'KIND' if won else against[0].first.label} is first{_how_clear(against[0])}"
+    else:
+        said = f"KIND is first on {_of(len(won), len(against))} tasks"
+        if won:
+            clear = sum(v.clear for v in won)
+            said += f", {'each time' if clear == len(won) else f'on {clear} of them'} beyond the spread"
+        if lost := {v.first.label for v in against if not _is_kind(v.first)}:
+            said += f"; where it is not, {' or '.join(sorted(lost))} is"
     groups = [own for rows in tasks.values() for own in budgets(rows).values()]
-    level = [v for own in groups if (v := verdict(own, sides=True))]
-    if level:
-        won_level = _of(sum(_is_kind(v.first) for v in level), len(level), "group")
-        said += f". Among methods that train about as many parameters it is first in {won_level}"
+    if level := [v for own in groups if (v := verdict(own, sides=True))]:
+        count = sum(_is_kind(v.first) for v in level)
+        where = (
+            f"first in {_of(count, len(level))} groups"
+            if len(level) > 1
+            else "first"
+            if count
+            else "not first"
+        )
+        said += f". Among methods that train about as many parameters KIND is {where}"
     return f"{said}."
 
 
@@ -135,16 +146,14 @@ def _how_clear(found: Verdict) -> str:
     return (
         ", beyond the spread"
         if found.clear
-        else "; the next is as good within the spread"
+        else "; the difference is within the spread"
         if found.spreads <= 1
         else ""
     )
 
 
-def _of(count: int, total: int, what: str) -> str:
-    if total == 1:
-        return f"the one {what}" if count else f"none: the one {what} has another winner"
-    return f"{'all' if count == total else f'{count} of'} {total} {what}s"
+def _of(count: int, total: int) -> str:
+    return f"all {total}" if count == total else f"{count} of {total}"
 
 
 def distance(row: Row) -> str:
