@@ -23,7 +23,7 @@ def heat(
 
     numbers: write each value into its cell. breaks: rows and columns before which a gap is left.
     """
-    side, wide = (26.0, 46.0) if numbers else (13.0, 13.0)
+    side, wide = (26.0, 52.0) if numbers else (13.0, 13.0)
     left = 8 + LETTER * max(map(len, rows))
     top = LINE + 6 if numbers else 8 + LETTER * max(map(len, columns))
     gap = [4.0 * sum(b <= i for b in breaks) for i in range(max(len(rows), len(columns)))]

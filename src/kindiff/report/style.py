@@ -32,7 +32,7 @@ th[aria-sort=descending] button::after { content: "\\2193"; opacity: 1; }
   white-space: normal; max-width: 12rem; min-width: 6rem; }
 .wide td, .wide th { padding: .1rem .2rem; } .wide thead th { font-weight: 400; font-size: .75rem;
   white-space: normal; vertical-align: bottom; }
-.wide th[scope=row] { min-width: 9rem; } td.words { white-space: normal; min-width: 5rem; max-width: 16rem; }
+.wide th[scope=row] { min-width: 9rem; } td.words { white-space: normal; min-width: 7.5rem; max-width: 16rem; }
 code { background: var(--tint); padding: .1em .3em; border-radius: 3px; overflow-wrap: anywhere; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: .5rem 2rem; }
 figure { margin: .8rem 0; min-width: 0; } figcaption { font-size: .9rem; margin-bottom: .2rem; }

@@ -116,7 +116,9 @@ def headline(tasks: Mapping[str, Sequence[Row]], *, sides: bool) -> str:
         return " ".join(dict.fromkeys(f"{v.first.label} is first{_how_clear(v)}." for v in found))
     won = [v for v in against if _is_kind(v.first)]
     if len(against) == 1:
-        said = f"{'KIND' if won else against[0].first.label} is first{_how_clear(against[0])}"
+        one = against[0]
+        said = f"{'KIND' if won else one.first.label} is first{_how_clear(one)}: {one.first.distance_name} "
+        said += f"{distance(one.first)} against {distance(one.second)} of {one.second.label}"
     else:
         said = f"KIND is first on {_of(len(won), len(against))} tasks"
         if won:
