@@ -8,21 +8,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kindiff.components import Components, decompose, factorize, load_components, save_components
     from kindiff.config import (
+        AdaptConfig,
         DataConfig,
         DiTConfig,
         KindConfig,
         PretrainConfig,
+        RivalConfig,
         SampleConfig,
         TrainConfig,
         TransferConfig,
     )
     from kindiff.models import DiT
     from kindiff.pipeline import DiTPipeline
-    from kindiff.train import pretrain, transfer
+    from kindiff.train import adapt, pretrain, transfer
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "AdaptConfig": "config",
     "Components": "components",
     "DataConfig": "config",
     "DiT": "models",
@@ -30,9 +33,11 @@ _HOME = {
     "DiTPipeline": "pipeline",
     "KindConfig": "config",
     "PretrainConfig": "config",
+    "RivalConfig": "config",
     "SampleConfig": "config",
     "TrainConfig": "config",
     "TransferConfig": "config",
+    "adapt": "train",
     "decompose": "components",
     "factorize": "components",
     "load_components": "components",
@@ -42,6 +47,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AdaptConfig",
     "Components",
     "DataConfig",
     "DiT",
@@ -49,10 +55,12 @@ __all__ = [
     "DiTPipeline",
     "KindConfig",
     "PretrainConfig",
+    "RivalConfig",
     "SampleConfig",
     "TrainConfig",
     "TransferConfig",
     "__version__",
+    "adapt",
     "decompose",
     "factorize",
     "load_components",

@@ -57,7 +57,8 @@ def test_a_defeat_is_said_too() -> None:
     assert "full fine-tuning is first" in sentence(verdict(rows, sides=True))
     assert "KIND's best setting, KIND, rank 2 a class, has 8.20" in sentence(verdict(rows, sides=True))
     assert headline({"a": rows}, sides=True) == (
-        "full fine-tuning is first, beyond the spread: FD (Lite0) 7.05 ± 0.07 against 8.20 ± 0.28 of KIND, rank 2 a class."
+        "full fine-tuning is first, beyond the spread: FD (Lite0) 7.05 ± 0.07 against 8.20 ± 0.28 of KIND, rank 2 a "
+        "class."
     )
 
 

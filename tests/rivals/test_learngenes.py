@@ -161,6 +161,8 @@ def test_a_learngene_makes_models_of_any_depth(toys: Path, tmp_path: Path, metho
 def test_a_learngene_is_checked(toys: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a learngene of method 'fine'; 'tleg' is wanted"):
         load_learngene(toys / "fine" / "learngene", method="tleg")
+    with pytest.raises(UsageError, match="depth is 0; it must be at least 1"):
+        expand(toys / "fine" / "learngene", depth=0)
     with pytest.raises(FileNotFoundError, match="no learngene directory"):
         load_learngene(tmp_path)
     with pytest.raises(BadFileError, match="does not describe a learngene"):

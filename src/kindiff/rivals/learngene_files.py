@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from kindiff.config import DiTConfig, from_dict, to_dict
 from kindiff.errors import BadFileError, UsageError
 from kindiff.models.dit import DiT
 from kindiff.rivals.base import densified
-from kindiff.rivals.learngenes import BANKS, Bank, constrained
+from kindiff.rivals.learngenes import BANKS, constrained, stretched, with_tensors
 
 TENSORS = "learngene.safetensors"
 LEARNGENE = "learngene"
@@ -60,22 +59,15 @@ def load_learngene(directory: str | Path, *, method: str | None = None, depth: i
     try:
         config = from_dict(DiTConfig, description.get("model"))
         classes = ClassSet(tuple(description.get("classes") or ()))
-        with torch.random.fork_rng(devices=[]):
-            own = constrained(config, classes, found)
-            other = constrained(dataclasses.replace(config, depth=depth or config.depth), classes, found)
+        with torch.device("meta"):
+            wanted = constrained(config, classes, found).state_dict()
     except (UsageError, TypeError) as error:
         raise BadFileError(f"{path} is damaged: {error}") from None
     tensors = checkpoint.read_tensors(folder / TENSORS)
-    checkpoint.check_tensors(folder / TENSORS, tensors, own.state_dict())
+    checkpoint.check_tensors(folder / TENSORS, tensors, wanted)
     checkpoint.check_hash(folder / TENSORS, tensors, description.get("weights"))
-    own.load_state_dict(tensors)
-    if other.config.depth == config.depth:
-        return own
-    for bank in own.get_submodule("learngene").children():
-        assert isinstance(bank, Bank)
-        bank.stretch_(other.config.depth)
-    other.load_state_dict(own.state_dict())
-    return other
+    model = with_tensors(config, classes, found, tensors)
+    return model if depth in (None, config.depth) else stretched(model, found, depth)
 
 
 def expand(directory: str | Path, *, depth: int | None = None) -> DiT:

@@ -10,7 +10,10 @@ L blocks, layer a block from 0, O/I features out/in, R rank, N templates, S side
 from __future__ import annotations
 
 import abc
+import copy
+import dataclasses
 from collections import Counter
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +24,7 @@ from kindiff.components import svd
 from kindiff.config import MATRICES, DiTConfig
 from kindiff.errors import UsageError
 from kindiff.models.dit import DiT
-from kindiff.models.layers import Gating
+from kindiff.models.layers import Gating, position_table
 
 MODULATION = "modulation"
 SIDE = 4  # WAVE: a weight is 4 x 4 pieces, each a mixture of 16 templates of that size
@@ -163,6 +166,28 @@ def constrained(config: DiTConfig, classes: ClassSet, method: str) -> DiT:
         block.modulation = BankLinear(banks[MODULATION], layer)  # type: ignore[arg-type]
     model.add_module("learngene", banks)
     return model
+
+
+def with_tensors(config: DiTConfig, classes: ClassSet, method: str, tensors: Mapping[str, Tensor]) -> DiT:
+    """A constrained model that holds these very tensors; all of it trains."""
+    with torch.device("meta"):
+        model = constrained(config, classes, method)
+    model.load_state_dict(tensors, assign=True)
+    model.positions_TD = position_table(config.width, config.input_size // config.patch)
+    return model.requires_grad_(True)
+
+
+def stretched(model: DiT, method: str, depth: int) -> DiT:
+    """A new constrained model of another depth: what blocks have of their own is interpolated, the rest shared.
+
+    UsageError for a depth that no model has.
+    """
+    config = dataclasses.replace(model.config, depth=depth)
+    twin = copy.deepcopy(model)
+    for bank in twin.get_submodule("learngene").children():
+        assert isinstance(bank, Bank)
+        bank.stretch_(depth)
+    return with_tensors(config, model.classes, method, twin.state_dict())
 
 
 def _xavier(features_out: int, features_in: int) -> Tensor:

@@ -17,7 +17,7 @@ from kindiff.randomness import Purpose, stream
 from kindiff.rivals import densified
 from kindiff.rivals.base import CLASS_ROWS, rows_of_new_classes
 from kindiff.rivals.layers import most_similar_blocks
-from kindiff.rivals.learngenes import constrained
+from kindiff.rivals.learngenes import with_tensors
 from kindiff.train.loop import fit
 from kindiff.train.run import Run
 
@@ -60,12 +60,10 @@ def sigma_first(
     learngene: DiT, samples: SampleSet, objective: ObjectiveConfig, config: TrainConfig, run: Run, flip: bool
 ) -> DiT:
     """FINE's first stage: a constrained model of which sigma trains alone (and the class rows); written out dense."""
-    state = learngene.state_dict()
+    state = {name: tensor.detach().clone() for name, tensor in learngene.state_dict().items()}
     state[CLASS_ROWS] = rows_of_new_classes(state[CLASS_ROWS], len(samples.classes))
     shape = dataclasses.replace(learngene.config, num_classes=len(samples.classes))
-    with torch.random.fork_rng(devices=[]):
-        model = constrained(shape, samples.classes, "fine")
-    model.load_state_dict(state)
+    model = with_tensors(shape, samples.classes, "fine", state)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name == CLASS_ROWS or name.endswith(".sigma_LR"))
     own = Run(run.folder / "sigma", {"command": "sigma"})
