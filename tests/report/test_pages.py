@@ -120,6 +120,21 @@ def test_a_run_has_its_course_settings_samples_and_components(run_page: Path) ->
         assert {f"{shape}: {c}" for c in ("real", "samples", "learngenes alone")} <= set(content.images)
 
 
+def test_runs_of_transfers_and_rivals(work: Path, tmp_path: Path) -> None:
+    for name, said, extra in (
+        ("kind-2", "Transfer to new classes", {"learngenes alone"}),
+        ("full", "A rival's training", set()),
+    ):
+        content = read(write_report(work / "made-up" / name, out=tmp_path / f"{name}.html"))
+        assert content.texts["p"][0].startswith(f"{said}")
+        assert "4 of 4 steps" in content.texts["p"][0]
+        shown = {alt.split(": ")[1] for alt in content.images if alt.startswith("ring: ")}
+        assert shown == {"real", "samples"} | extra
+        assert any("share of each matrix" in caption for caption in content.texts["figcaption"]) == bool(
+            extra
+        )
+
+
 def test_no_page_asks_for_anything(study_page: Path, run_page: Path) -> None:
     for file in (study_page, run_page):
         content = read(file)

@@ -1,6 +1,6 @@
 """Looking at a model's components: how much each part weighs, how alike tailors are, tailors exchanged.
 
-Everything is computed from the components, no dense tailor is ever formed; in float64.
+Everything is computed from the components, no dense tailor is ever formed; in float64 on the CPU.
 
 C classes, S slots, K slots per sample, N components of a slot, I/O features in/out.
 """
@@ -64,7 +64,7 @@ def energies(model: DiT) -> dict[str, Energy]:
     for name, layer in model.named_matrices():
         assert isinstance(layer, ComponentLinear)
         if layer.rank is None:
-            common = layer.weight.double().square().sum()
+            common = layer.weight.cpu().double().square().sum()
         else:
             own = _double(layer.u, layer.sigma, layer.v)
             common = inner(own, own)
@@ -134,10 +134,10 @@ def _gate_weights(model: DiT) -> Tensor:
         raise UsageError(
             "the model has dense matrices; only a model made of components has parts to look at."
         )
-    ids_C = torch.arange(len(model.classes))
-    slots_CK, weights_CK = model.gate(ids_C, model.class_embed.weight[:-1])
-    weights_CS = torch.zeros(len(ids_C), max(int(model.structure["slots"]), 1), dtype=torch.float64)
-    return weights_CS.scatter_add(1, slots_CK, weights_CK.double())
+    rows_CD = model.class_embed.weight[:-1]
+    slots_CK, weights_CK = model.gate(torch.arange(len(rows_CD), device=rows_CD.device), rows_CD)
+    weights_CS = torch.zeros(len(rows_CD), max(int(model.structure["slots"]), 1), dtype=torch.float64)
+    return weights_CS.scatter_add(1, slots_CK.cpu(), weights_CK.cpu().double())
 
 
 def _tailor_gram(layer: ComponentLinear, weights_CS: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def _products(a: Factors, b: Factors) -> Tensor:
 
 
 def _double(u: Tensor, sigma: Tensor, v: Tensor) -> Factors:
-    return Factors(u.double(), sigma.double(), v.double())
+    return Factors(u.cpu().double(), sigma.cpu().double(), v.cpu().double())
 
 
 def _same_group(groups: Sequence[str]) -> Tensor:

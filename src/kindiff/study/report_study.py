@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -137,13 +138,12 @@ def _protocol(m: Material) -> list[str]:
 def _tasks(m: Material) -> list[str]:
     body = []
     for task, rows in m.tasks.items():
-        floor = rows[0].floor
-        count = rows[0].count
+        floor = "" if math.isnan(rows[0].floor) else f"; floor {rows[0].floor:.3g}"
         body += [
             heading(m.label(task)),
             *([paragraph(sentence(found))] if (found := verdict(rows, sides=m.sides)) else []),
             paragraph(
-                f"{count} samples a score; floor {floor:.3g}. Choose a column's head to sort by it. Edge: the best "
+                f"{rows[0].count} samples a score{floor}. Choose a column's head to sort by it. Edge: the best "
                 "rate is the lowest or highest tried, so a better one may lie beyond. In the figures a dotted line "
                 "joins the methods that no other one beats both ways.",
                 soft=True,
