@@ -117,7 +117,7 @@ def test_convergence_names_the_step() -> None:
 
     rivals = [line("full", 20, 12, 9), line("oft", 30, 20, 15)]
     said = convergence([line("kind-1", 11, 8.5, 7), *rivals])
-    assert "full fine-tuning, the best rival, has FD (Lite0) 9.00 after 200 steps" in said
+    assert "The best rival, full fine-tuning, has FD (Lite0) 9.00 after 200 steps" in said
     assert "8.50 after 100 steps, 0.50 of them" in said
     assert "does not reach that in 200 steps" in convergence([line("kind-1", 30, 20, 10), *rivals])
     assert convergence(rivals) == ""

@@ -34,7 +34,7 @@ th[aria-sort=descending] button::after { content: "\\2193"; opacity: 1; }
   white-space: normal; vertical-align: bottom; }
 .wide th[scope=row] { min-width: 9rem; } td.words { white-space: normal; min-width: 7.5rem; max-width: 16rem; }
 code { background: var(--tint); padding: .1em .3em; border-radius: 3px; overflow-wrap: anywhere; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: .5rem 2rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: .5rem 2rem; }
 figure { margin: .8rem 0; min-width: 0; } figcaption { font-size: .9rem; margin-bottom: .2rem; }
 svg { display: block; width: 100%; height: auto; font: 11px system-ui, sans-serif; fill: var(--ink); }
 svg .axis { fill: var(--soft); } svg .grid { stroke: var(--line); }
@@ -55,7 +55,7 @@ svg .strong text, tr.mark td:first-child { font-weight: 600; }
 details { margin: .6rem 0; } summary { cursor: pointer; color: var(--soft); }
 @media (max-width: 40rem) { svg { font-size: 13px; } .sheet { font-size: .75rem; }
   .sheet:not(.wide) td, .sheet:not(.wide) th { white-space: normal; } .sheet th[scope=row] { min-width: 0; }
-  .sheet:not(.wide) img { width: 23vw; height: auto; } .wide th[scope=row] { max-width: 6.5rem; min-width: 5.5rem; } }
+  .sheet:not(.wide) img { width: 20vw; height: auto; } .wide th[scope=row] { max-width: 6.5rem; min-width: 5.5rem; } }
 @media print { #theme { display: none; } }
 """
 

@@ -23,7 +23,7 @@ def winners(tasks: Mapping[str, Sequence[Row]], labels: Mapping[str, str], *, si
     like numbers of trained parameters."""
     lines: list[list[str | Cell]] = []
     for task, rows in tasks.items():
-        groups = {"all": list(rows), **(budgets(rows) if sides else {})}
+        groups = {"any": list(rows), **(budgets(rows) if sides else {})}
         for group, own in groups.items():
             found = verdict(own, sides=sides)
             if found is None:

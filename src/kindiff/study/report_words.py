@@ -182,7 +182,7 @@ def convergence(lines: Sequence[Sequence[Row]]) -> str:
     if len(ends) < 2:
         return ""
     kind, rival = ends[True], ends[False][-1]
-    told = f"{rival.label}, the best rival, has {rival.distance_name} {distance(rival)} after {rival.steps} steps"
+    told = f"The best rival, {rival.label}, has {rival.distance_name} {distance(rival)} after {rival.steps} steps"
     first = next((row for row in kind if row.distance_mean <= rival.distance_mean), None)
     if first is None:
         return (
