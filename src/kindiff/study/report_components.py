@@ -85,7 +85,7 @@ def _related(model: DiT) -> list[str]:
         found = relatedness(tailor_cosines(model), groups)
     except UsageError:
         return []  # no two classes of one group, or a single group
-    more = "more alike than others" if found.chance < 0.05 else "not more alike than others"
+    more = "more alike than others" if found.chance < 0.05 else "not clearly more alike than others"
     small = (
         "; both are near 0, so tailors share little"
         if max(abs(found.within), abs(found.between)) < 0.1
