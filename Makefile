@@ -4,7 +4,7 @@ VENV = .venv
 BIN = $(VENV)/bin
 ONE = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: bench demo faults test test-slow check lint types install
+.PHONY: bench demo faults fuzz test test-slow check lint types install
 
 demo: install  ## pre-train, decompose, recombine, transfer, sample: about 11 minutes on two cores
 	$(BIN)/kindiff demo runs/demo
@@ -19,9 +19,13 @@ bench: install  ## component matrices against dense ones; needs a quiet machine
 	$(BIN)/python benchmarks/speed.py blocks
 	$(BIN)/python benchmarks/speed.py classes
 	$(BIN)/python benchmarks/speed.py steps
+	$(BIN)/python benchmarks/parts_on_disk.py
 
 faults: install  ## the fault campaign in its long form: an hour or more; run again to go on (docs/reliability.md)
 	$(ONE) $(BIN)/python benchmarks/faults.py
+
+fuzz: install  ## a million inputs guided by coverage; run again to go on
+	$(ONE) nice $(BIN)/python benchmarks/guided_fuzzing.py
 
 lint: install
 	$(BIN)/ruff check .

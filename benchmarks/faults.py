@@ -23,6 +23,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -66,7 +67,12 @@ def arguments(out: Path, data: str, **train: object) -> list[str]:
     return ["pretrain", str(out), *options]
 
 
-def start(argv: list[str], log: Path, before: Callable[[], None] | None = None) -> int:
+def start(
+    argv: list[str],
+    log: Path,
+    before: Callable[[], None] | None = None,
+    environment: dict[str, str] | None = None,
+) -> int:
     """Fork a process that runs the command after `before()`; its output goes to `log`. Returns its id."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -76,6 +82,7 @@ def start(argv: list[str], log: Path, before: Callable[[], None] | None = None) 
     code = 99
     try:
         os.setpgid(0, 0)
+        os.environ |= environment or {}
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
@@ -141,6 +148,33 @@ class Place:
         self.seconds = time.monotonic() - began
         self.wanted = result(folder / "reference")
 
+    @functools.cache  # noqa: B019
+    def wanted_of_two(self, parallel: str) -> dict[str, Any]:
+        """The uninterrupted run of two ranks."""
+        out = self.folder / f"reference-{parallel}"
+        shutil.rmtree(out, ignore_errors=True)
+        assert self.go_two(out, parallel=parallel) == [0, 0], self.log()
+        return result(out)
+
+    def start_two(
+        self, out: Path, before: Callable[[int], None] = lambda rank: None, **train: object
+    ) -> list[int]:
+        """Two ranks, each after before(rank), as a launcher starts them; the second's output goes to log-1."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        argv = self.command(out, **train)
+        return [
+            start(argv, self.folder / log, functools.partial(before, rank), place | {"RANK": str(rank)})
+            for rank, log in enumerate(("log", "log-1"))
+        ]
+
+    def go_two(
+        self, out: Path, before: Callable[[int], None] = lambda rank: None, **train: object
+    ) -> list[int]:
+        return [finish(pid) for pid in self.start_two(out, before, **train)]
+
     def command(self, out: Path, **train: object) -> list[str]:
         return arguments(out, self.data, **train)
 
@@ -158,16 +192,21 @@ class Place:
         shutil.rmtree(out, ignore_errors=True)
         return out
 
-    def resume(self, out: Path, counts: dict[str, Any], **train: object) -> Failure:
-        """Start the same command again; what it repeats is counted; '' when the end is the uninterrupted run's."""
+    def resume(
+        self, out: Path, counts: dict[str, Any], *, most: int = SAVE_EVERY, two: str = "", **train: object
+    ) -> Failure:
+        """Start the same command again; '' when it repeats at most `most` steps and ends as the uninterrupted run."""
+        wanted = self.wanted_of_two(two) if two else self.wanted
         done = _last_step(out)
-        if code := self.go(out, **train):
-            return f"exit code {code}: {self.log()[-300:]}"
+        if any(codes := self.go_two(out, parallel=two) if two else [self.go(out, **train)]):
+            return f"exit codes {codes}: {self.log()[-300:]}"
         words = self.log().partition("resuming at step ")[2].split()
         if not (out / "model").exists() or "finished already" not in self.log():
             repeated = max(0, done - (int(words[0]) if words else 0))
             counts["most_steps_repeated"] = max(repeated, counts.get("most_steps_repeated", 0))
-        return difference(out, self.wanted)
+            if repeated > most:
+                return f"{repeated} steps were repeated"
+        return difference(out, wanted)
 
 
 def _draw(target: Path) -> None:
@@ -290,7 +329,7 @@ def operations_of_a_run(place: Place) -> dict[str, list[str]]:
 def points(place: Place, short: bool) -> list[tuple[str, int, str]]:
     """(thread, number, kind): all of one save and of the main thread, and an even choice of the other saves."""
     seen = operations_of_a_run(place)
-    whole = {"MainThread", "checkpoint 10"}
+    whole = {"MainThread", "checkpoint 9"}
     chosen = [(t, i, kind) for t in sorted(whole) for i, kind in enumerate(seen[t])]
     rest = [(t, i, kind) for t in sorted(seen.keys() - whole) for i, kind in enumerate(seen[t])]
     if short:
@@ -334,6 +373,31 @@ def kill_operations(place: Place, short: bool) -> Iterator[Case]:
 
     for thread, number, kind in points(place, short):
         yield functools.partial(case, thread, number, kind)
+
+
+def slow_writes(place: Place, short: bool) -> Iterator[Case]:
+    """SIGKILL while a checkpoint is written so slowly that training has to wait for it."""
+
+    def case(step: int, counts: dict[str, Any]) -> Failure:
+        out = place.fresh()
+
+        def before() -> None:
+            save = Run.save
+
+            def slow(self: Run, number: int, *rest: Any, **more: Any) -> None:
+                if number == step:
+                    time.sleep(max(1.0, place.seconds / 2))
+                    kill_self()
+                save(self, number, *rest, **more)
+
+            Run.save = slow  # type: ignore[method-assign]
+
+        if (code := place.go(out, before)) != -signal.SIGKILL:
+            return f"exit code {code}: {place.log()[-300:]}"
+        return place.resume(out, counts)
+
+    for step in (9,) if short else range(3, STEPS, 3):
+        yield functools.partial(case, step)
 
 
 def full_operations(place: Place, short: bool) -> Iterator[Case]:
@@ -393,7 +457,7 @@ def damage(place: Place, short: bool) -> Iterator[Case]:
     """Each file of the newest checkpoint cut at several lengths, and with single bits flipped."""
     whole = place.folder / "two"
     shutil.rmtree(whole, ignore_errors=True)
-    place.go(whole, Operations(("checkpoint 35", 0)).install)
+    place.go(whole, Operations(("checkpoint 36", 0)).install)
     older, newest = sorted(whole.glob("checkpoints/step-*"))
 
     def case(name: str, kind: str, where: float, finished: bool, counts: dict[str, Any]) -> Failure:
@@ -412,7 +476,7 @@ def damage(place: Place, short: bool) -> Iterator[Case]:
             counts["still_the_same_json"] = counts.get("still_the_same_json", 0) + 1
             return ""
         if finished:
-            failure = place.resume(out, counts)
+            failure = place.resume(out, counts, most=STEPS)  # the newest is lost
             said = place.log()
         else:
             said, found = _newest(out)
@@ -440,8 +504,8 @@ def _same_json(path: Path, other: Path) -> bool:
 
 def _newest(out: Path) -> tuple[str, int]:
     described = checkpoint.read_json(out / "run.json")["description"]
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        found = Run(out, described).newest()
+    with contextlib.redirect_stderr(io.StringIO()) as said, Run(out, described) as run:
+        found = run.newest()
     return said.getvalue(), found[0] if found else -1
 
 
@@ -536,7 +600,8 @@ def not_finite(place: Place, short: bool) -> Iterator[Case]:
 
 def _found_at(kind: str, step: int) -> int:
     """The step that is not taken: a bad average shows when it is to be saved, a bad weight at the step after."""
-    return step if kind != "average" else step - step % SAVE_EVERY + SAVE_EVERY - 1
+    every = -(-SAVE_EVERY // 2)
+    return step if kind != "average" else step - step % every + every - 1
 
 
 def _poison(kind: str, step: int) -> None:
@@ -730,6 +795,103 @@ def soak(place: Place, short: bool) -> Iterator[Case]:
     yield case
 
 
+def two_ranks_killed(place: Place, short: bool) -> Iterator[Case]:
+    """SIGKILL of the first, the second or both of two ranks: after random steps, and in the first one's saver."""
+
+    def case(i: int, how: str, counts: dict[str, Any]) -> Failure:
+        out, who = place.fresh(), ((0,), (1,), (0, 1))[i % 3]
+        random = np.random.default_rng([9, i])
+        step = int(random.integers(0, STEPS - 3))
+        pids = place.start_two(out, parallel=how)
+        while _last_step(out) < step and os.waitpid(pids[0], os.WNOHANG) == (0, 0):
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.03))
+        for rank in who:
+            os.kill(pids[rank], signal.SIGKILL)
+        codes = [finish(pid) for pid in pids]  # the other one ends by itself
+        _count(counts, "killed_before_the_end", any(codes[rank] == -signal.SIGKILL for rank in who))
+        return place.resume(out, counts, two=how)
+
+    def in_the_saver(number: int, counts: dict[str, Any]) -> Failure:
+        out = place.fresh()
+
+        def before(rank: int) -> None:
+            if rank == 0:
+                Operations(("checkpoint 9", number)).install()
+
+        codes = place.go_two(out, before)
+        if codes[0] != -signal.SIGKILL:
+            return f"exit codes {codes}"
+        _count(counts, "killed_in_the_saver")
+        return place.resume(out, counts, two="ddp")
+
+    for i in range(1 if short else 16):
+        yield functools.partial(case, i + short, "fsdp" if i % 4 == 3 else "ddp")
+    for number in (120,) if short else (0, 60, 120, 180, 240):
+        yield functools.partial(in_the_saver, number)
+
+
+def two_ranks_stopped(place: Place, short: bool) -> Iterator[Case]:
+    """SIGTERM and SIGINT to one of two ranks, or to both: both end after the same step, with 143 or 130."""
+
+    def case(i: int, counts: dict[str, Any]) -> Failure:
+        out, signum = place.fresh(), (signal.SIGTERM, signal.SIGINT)[i % 2]
+        pids = place.start_two(out)
+        while _last_step(out) < 1 + 5 * i:
+            time.sleep(0.001)
+        for rank in ((1,), (0,), (0, 1))[i % 3]:
+            os.kill(pids[rank], signum)
+        codes, done = [finish(pid) for pid in pids], _last_step(out)
+        if codes != [128 + signum] * 2:
+            return f"exit codes {codes}: {place.log()[-300:]}"
+        if (newest := max((out / "checkpoints").iterdir()).name) != f"step-{done:08d}":
+            return f"step {done} was done and {newest} is the newest"
+        return place.resume(out, counts, two="ddp")
+
+    for i in range(1 if short else 6):
+        yield functools.partial(case, i)
+
+
+def two_ranks_not_finite(place: Place, short: bool) -> Iterator[Case]:
+    """NaN on one of two ranks: neither steps; the end is that of two ranks that left the window out."""
+
+    def reference(first: int, window: int) -> dict[str, Any]:
+        out = place.folder / f"two-without-{first}-{window}"
+
+        def before(rank: int) -> None:
+            loop.read_windows = lambda _: [Window(first=first, end=first + window, cause="", capsule="")]
+
+        if not (out / "model").exists():
+            shutil.rmtree(out, ignore_errors=True)
+            assert place.go_two(out, before) == [0, 0], place.log()
+        return result(out)
+
+    def case(kind: str, step: int, bad_rank: int, counts: dict[str, Any]) -> Failure:
+        out = place.fresh()
+
+        def before(rank: int) -> None:
+            if rank == bad_rank:
+                _poison(kind, step)
+
+        if any(codes := place.go_two(out, before, skip_window=4)):
+            return f"exit codes {codes}: {place.log()[-300:]}"
+        windows = checkpoint.read_json(out / "rollbacks.json")["windows"]
+        if [w["first"] for w in windows] != [_found_at(kind, step)]:
+            return f"windows {windows}"
+        _count(counts, kind)
+        if failure := difference(out, reference(windows[0]["first"], 4)):
+            return failure
+        return "" if _replayed(place, out / windows[0]["capsule"]) else f"replay: {place.log()[-300:]}"
+
+    for i, kind in enumerate(("input", "loss", "gradient", "weight", "average")[: 1 if short else None]):
+        for step in (7,) if short else (7, 24):
+            yield functools.partial(case, kind, step, 1 if step == 7 else i % 2)
+
+
+def _count(counts: dict[str, Any], name: str, times: int = 1) -> None:
+    counts[name] = counts.get(name, 0) + int(times)
+
+
 def fuzz(place: Place, short: bool) -> Iterator[Case]:
     """Mutated descriptions, headers, recipes, lists: refused in one of our sentences, in time, without memory."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -740,7 +902,7 @@ def fuzz(place: Place, short: bool) -> Iterator[Case]:
         pid = os.fork()
         if not pid:
             try:
-                fuzzing.make_seeds(seeds, place.folder / "reference" / "model")
+                fuzzing.make_seeds(seeds)
             except BaseException:
                 import traceback
 
@@ -753,8 +915,9 @@ def fuzz(place: Place, short: bool) -> Iterator[Case]:
 
 
 PARTS = (
-    kill_random, kill_operations, full_operations, stop_signals, other_workers, damage, small_disk, not_finite,
-    broken_images, soak, fuzz,
+    kill_random, kill_operations, slow_writes, full_operations, stop_signals, other_workers, damage, small_disk,
+    not_finite, broken_images, soak, fuzz, two_ranks_killed, two_ranks_stopped,
+    two_ranks_not_finite,
 )  # fmt: skip
 
 

@@ -27,6 +27,8 @@ from kindiff.errors import BadFileError, UsageError
 
 OURS = (UsageError, BadFileError, FileNotFoundError)
 SECONDS = 1.0
+MARGIN = 2**20
+"""Bytes that Python's own objects (a parsed description, the modules of an empty model) may take beside the file."""
 ODD: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2, 2**31, 2**40, 2**63, 2**64, 10**30, -(2**63), 0.0, -0.5, 1e308, float("nan"),
     float("inf"), "", "x", "../../etc/passwd", "/etc/passwd", "a/b", ".", "..", "\0", "\ud800", "é" * 300, "x" * 5000,
@@ -48,14 +50,16 @@ class Target:
     """Share of the inputs."""
 
 
-def targets(folder: Path) -> list[Target]:
-    from kindiff.components import load_components
-    from kindiff.config import PretrainConfig, load_recipe
+def targets() -> list[Target]:
+    from kindiff.components import load_components, load_tailor
+    from kindiff.config import PretrainConfig, TransferConfig, load_recipe
     from kindiff.data.check import read_quarantine
     from kindiff.data.groups import read_grouping
     from kindiff.data.hierarchy import read_hierarchy
     from kindiff.data.latents import LatentSet
     from kindiff.data.prepared import open_prepared
+    from kindiff.evaluate.protocol import read_score
+    from kindiff.evaluate.reference import load as load_reference
     from kindiff.models import DiT
     from kindiff.models.autoencoder import Autoencoder
     from kindiff.train.rollback import read_windows
@@ -63,35 +67,41 @@ def targets(folder: Path) -> list[Target]:
 
     return [
         Target("model/config.json", "json", lambda p: DiT.from_pretrained(p.parent), 2),
-        Target("model/model.safetensors", "header", checkpoint.read_tensors, 14),
+        Target("model/model.safetensors", "header", checkpoint.read_tensors, 2),
+        Target("headers.safetensors", "header", checkpoint.read_tensors, 14),
         Target("parts/config.json", "json", lambda p: load_components(p.parent), 2),
-        Target(
-            "parts/tailors/owl.safetensors", "header", lambda p: load_components(p.parents[1], ["owl"]), 2
-        ),
+        Target("parts/tailors/owl.safetensors", "header", lambda p: load_tailor(p.parents[1], "owl"), 2),
         Target("codec/config.json", "json", lambda p: Autoencoder.from_pretrained(p.parent), 2),
         Target("images/manifest.json", "json", lambda p: open_prepared(p.parent), 6),
         Target("latents/manifest.json", "json", lambda p: LatentSet.open(p.parent), 6),
         Target("recipe.toml", "toml", lambda p: load_recipe(p, PretrainConfig), 20),
+        Target("transfer.toml", "toml", lambda p: load_recipe(p, TransferConfig), 8),
         Target("hierarchy.tsv", "lines", read_hierarchy, 20),
         Target("groups.json", "json", lambda p: read_grouping(str(p)), 8),
         Target("quarantine.json", "json", read_quarantine, 8),
+        Target("score.json", "json", read_score, 4),
+        Target("reference/reference.json", "json", lambda p: load_reference(p.parent), 2),
         Target("rollbacks.json", "json", lambda p: read_windows(p.parent), 8),
         Target("step-00000005/state.json", "json", lambda p: _read(p.parent), 2),
     ]
 
 
-def make_seeds(folder: Path, model: Path) -> None:
+def make_seeds(folder: Path) -> None:
     """Small valid files of every kind."""
     import torch
 
     from kindiff import DiT, DiTConfig, KindConfig, decompose, factorize, save_components
     from kindiff.classes import ClassSet
-    from kindiff.config import AutoencoderConfig
+    from kindiff.config import AutoencoderConfig, DataConfig, EncodeConfig
     from kindiff.data.check import write_quarantine
-    from kindiff.data.latents import write_latents
     from kindiff.data.manifest import Skipped
-    from kindiff.data.prepared import open_prepared, write_prepared
+    from kindiff.data.prepared import write_prepared
+    from kindiff.evaluate.moments import Moments
+    from kindiff.evaluate.protocol import ClassScore, Protocol, Score
+    from kindiff.evaluate.reference import Reference, ReferenceInfo
+    from kindiff.evaluate.reference import save as save_reference
     from kindiff.models.autoencoder import Autoencoder
+    from kindiff.train.encoding import encode
     from kindiff.train.run import Run
 
     shutil.rmtree(folder, ignore_errors=True)
@@ -105,12 +115,37 @@ def make_seeds(folder: Path, model: Path) -> None:
     codec.save_pretrained(folder / "codec")
     pixels = np.zeros((3, 8, 8, 3), np.uint8)
     write_prepared(folder / "images", [("owl", pixels), ("fox", pixels)], size=8, source="zeros")
-    latents = np.zeros((6, 2, 4, 2, 2), np.float32)
-    write_latents(folder / "latents", open_prepared(folder / "images"), codec, latents)
+    images = DataConfig(source=str(folder / "images"), size=8)
+    encode(EncodeConfig(data=images, autoencoder=str(folder / "codec"), workers=1), folder / "latents")
     recipe = "method = 'kind'\n[data]\nsource = 'x'\nclasses = ['owl', 'fox']\n[model]\nwidth = 64\n[kind]\n"
     recipe += "learngene_rank = 8\ntailor_rank = 2\ntargets = ['q']\n"
     recipe += "[train]\nsteps = 10\nlr = 1e-3\ntensorboard = false\n"
     (folder / "recipe.toml").write_text(recipe)
+    transfer = "targets = ['q', 'v']\nrank = 2\nshare = 'class'\n[data]\nsource = 'x'\n[train]\nsteps = 10\n"
+    (folder / "transfer.toml").write_text(transfer)
+    kept = {"pool": np.zeros((2, 3), np.float32)}
+    pool = Moments(2, np.zeros(3), np.eye(3))
+    info = ReferenceInfo(
+        name="x", images_sha256="0", features="y", features_sha256="0", resize="none", size=(8, 8), encoding="png",
+        count=2, kept=2, classes=("owl", "fox"),
+    )  # fmt: skip
+    save_reference(
+        Reference(info=info, moments={"pool": pool}, kept=kept, labels=np.array([0, 1])), folder / "reference"
+    )
+    protocol = Protocol(
+        features="y", features_sha256="0", resize="none", count=2, size=(8, 8), encoding="png", classes=("owl", "fox"),
+        reference="x", reference_sha256="0",
+    )  # fmt: skip
+    one = ClassScore(name="owl", count=1, kid=0.5, kid_error=0.1, accuracy=None)
+    score = Score(
+        protocol=protocol,
+        distance_name="FD",
+        distance=1.5,
+        floor=0.5,
+        floor_note="two halves",
+        per_class=(one,),
+    )
+    checkpoint.write_json(folder / "score.json", score.to_json())
     lines = [
         "root\t\troot\t",
         "bird\t\tbird\troot",
@@ -130,24 +165,27 @@ def make_seeds(folder: Path, model: Path) -> None:
     tensors = {group: {"x": torch.zeros(3)} for group in ("model", "ema", "optimiser", "log")}
     Run(folder / "run", {"seed": 1}).save(5, tensors)
     shutil.move(folder / "run" / "checkpoints" / "step-00000005", folder)
-    for target in targets(folder):
+    kinds = (torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
+    mixed = {f"x{i}": torch.zeros((2,) * i, dtype=kind) for i, kind in enumerate(kinds)}
+    checkpoint.write_tensors(folder / "headers.safetensors", mixed, {"class": "owl"})
+    for target in targets():
         target.read(folder / target.file)
     (folder / "done").write_text("")
 
 
-def mutate(content: bytes, form: str, random: np.random.Generator) -> bytes:
-    """One mutation: half of them change bytes, half the structure."""
+def mutate(content: bytes, form: str, random: np.random.Generator, *, blind: float = 0.5) -> bytes:
+    """One mutation: a share `blind` of them changes bytes, the others the structure."""
     if form == "header":
         length = int.from_bytes(content[:8], "little")
-        if random.random() < 0.3:
+        if random.random() < 0.6 * blind:
             return _bytes(content[: 8 + length], random) + content[8 + length :]
-        head = mutate(content[8 : 8 + length].strip(), "json", random)
+        head = mutate(content[8 : 8 + length].strip(), "json", random, blind=blind)
         count = (
             len(head) if random.random() < 0.9 else (0, 1, 2**40, 2**63, 2**64 - 1)[int(random.integers(5))]
         )
         body = content[8 + length :]
         return struct.pack("<Q", count) + head + (body if random.random() < 0.8 else _bytes(body, random))
-    if random.random() < 0.5:
+    if random.random() < blind:
         return _bytes(content, random)
     if form == "json":
         return _json(json.loads(content), random)
@@ -230,60 +268,99 @@ def _lines(content: bytes, form: str, random: np.random.Generator) -> bytes:
     return "\n".join(lines).encode("utf-8", "surrogatepass")
 
 
-class _TooLongError(Exception):
+class _TooLongError(BaseException):
     pass
 
 
 def _alarm(signum: int, frame: object) -> None:
-    raise _TooLongError
+    raise _TooLongError(f"more than {SECONDS} s of processor time")
 
 
-def batch(seeds: Path, number: int, count: int) -> dict[str, Any]:
-    """`count` inputs of batch `number`, a function of both; counts, faults, the longest time and most memory."""
-    signal.signal(signal.SIGALRM, _alarm)
-    random = np.random.default_rng([7, number])
-    some = targets(seeds)
-    weights = np.array([t.weight for t in some], float)
-    facts: dict[str, Any] = {"inputs": {}, "refused": 0, "faults": [], "longest_seconds": 0.0, "traced": 0}
-    most_over = 0
-    whole = {t.file: (seeds / t.file).read_bytes() for t in some}
-    for t in some:
-        t.read(seeds / t.file)  # imports and caches are no allocation of an input
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for i in range(count):
-        target = some[int(random.choice(len(some), p=weights / weights.sum()))]
-        content = mutate(whole[target.file], target.form, random)
-        path = seeds / target.file
+class Watch:
+    """Reads inputs of targets and keeps the facts: what was refused, faults, the longest time, the most memory.
+
+    Time is the process's own (user and system), so that other work on the machine is no fault of an input.
+    """
+
+    def __init__(self, seeds: Path) -> None:
+        self.seeds = seeds
+        self.facts: dict[str, Any] = {
+            "inputs": {}, "refused": 0, "faults": [], "longest_seconds": 0.0, "traced": 0,
+            "most_traced_bytes_above_twice_the_file": 0,
+        }  # fmt: skip
+        self._resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        signal.signal(signal.SIGPROF, _alarm)
+
+    def read(self, target: Target, content: bytes, *, traced: bool) -> None:
+        """One input: a result or one of our errors, in time, without memory above twice the file and MARGIN."""
+        facts, path = self.facts, self.seeds / target.file
         path.write_bytes(content)
-        traced = i % 100 == 0
+        before = 0
         if traced:
-            tracemalloc.start()
-        began = time.monotonic()
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+            if not tracemalloc.is_tracing():
+                tracemalloc.start()
+            before = tracemalloc.get_traced_memory()[0]
+            tracemalloc.reset_peak()
+        began = time.process_time()
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        fault = ""
         try:
             target.read(path)
         except OURS as error:
             facts["refused"] += 1
-            if "\n" in str(error):
-                _note(facts, target, content, f"several lines: {error}")
+            fault = f"several lines: {error}" if "\n" in str(error) else ""
         except BaseException as error:
-            _note(facts, target, content, f"{type(error).__name__}: {error}")
+            fault = f"{type(error).__name__} at {_place(error)}: {error}"
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        facts["longest_seconds"] = max(facts["longest_seconds"], time.monotonic() - began)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        facts["longest_seconds"] = max(facts["longest_seconds"], time.process_time() - began)
         if traced:
-            most_over = max(most_over, tracemalloc.get_traced_memory()[1] - 2 * len(content))
+            above = tracemalloc.get_traced_memory()[1] - before - 2 * len(content)
             facts["traced"] += 1
-            tracemalloc.stop()
+            name = "most_traced_bytes_above_twice_the_file"
+            facts[name] = max(facts[name], above)
+            if above > MARGIN and not fault:
+                fault = f"memory: {above} bytes above twice the file"
         facts["inputs"][target.file] = facts["inputs"].get(target.file, 0) + 1
-        path.write_bytes(whole[target.file])
-    facts["most_traced_bytes_above_twice_the_file"] = most_over
-    facts["resident_growth_mib"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident) / 1024
-    return facts
+        if fault:
+            _note(facts, target, content, fault)
+
+    def end(self) -> dict[str, Any]:
+        """The facts, complete."""
+        if tracemalloc.is_tracing():
+            tracemalloc.stop()
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self._resident
+        return self.facts | {"resident_growth_mib": grown / 1024}
+
+
+def _place(error: BaseException) -> str:
+    """File and line of ours where an error came from."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "kindiff" in f.filename]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
+
+
+def batch(seeds: Path, number: int, count: int) -> dict[str, Any]:
+    """`count` structured and random inputs of batch `number`, a function of both; memory is traced on 1 in 100."""
+    random = np.random.default_rng([7, number])
+    some = targets()
+    weights = np.array([t.weight for t in some], float)
+    whole = {t.file: (seeds / t.file).read_bytes() for t in some}
+    for t in some:
+        t.read(seeds / t.file)  # imports and caches are no allocation of an input
+    watch = Watch(seeds)
+    for i in range(count):
+        target = some[int(random.choice(len(some), p=weights / weights.sum()))]
+        watch.read(target, mutate(whole[target.file], target.form, random), traced=i % 100 == 0)
+        if i % 100 == 0:
+            tracemalloc.stop()
+        (seeds / target.file).write_bytes(whole[target.file])
+    return watch.end()
 
 
 def _note(facts: dict[str, Any], target: Target, content: bytes, what: str) -> None:
-    if len(facts["faults"]) < 20:
+    kind = f"{target.file}: {what.partition(': ')[0]}"
+    if len(facts["faults"]) < 20 and kind not in facts.setdefault("kinds", []):
+        facts["kinds"].append(kind)
         facts["faults"].append(f"{target.file}: {what[:300]} <- {content[:600]!r}")
 
 

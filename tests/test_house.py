@@ -43,6 +43,7 @@ ROOMS = (
     ("checkpoint",),
     ("headers",),
     ("progress", "runtime", "randomness"),
+    ("parallel",),
     ("config",),
     ("classes",),
     ("errors",),

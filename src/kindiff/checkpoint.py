@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kindiff.errors import BadFileError, UsageError
-from kindiff.headers import MAX_JSON, check_link, no_key_twice, read_header
+from kindiff.headers import MAX_JSON, check_link, parse_json, read_header
+from kindiff.headers import sha256 as sha256
 
 FORMAT = 1
 _SAFETENSORS_NAMES = {  # in the order in which the library writes them
@@ -119,7 +120,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_JSON:
         raise BadFileError(f"{path} has {path.stat().st_size} bytes; a description is never that large.")
     try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=no_key_twice)
+        value = parse_json(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise BadFileError(
             f"{path} is not valid JSON ({error}); it is damaged or not a kindiff file."
@@ -204,12 +205,6 @@ def check_hash(path: Path, found: Mapping[str, Tensor], recorded: str | None) ->
     """BadFileError unless a file's tensors have the recorded hash_tensors; None: none was recorded."""
     if recorded is not None and hash_tensors(found) != recorded:
         raise BadFileError(f"{path} is damaged: its hash is not the recorded one; fetch or make it again.")
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_on_disk(path: Path) -> str:

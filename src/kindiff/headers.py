@@ -1,7 +1,8 @@
-"""What a file from elsewhere says of itself, checked before it is believed: links, JSON keys, headers of tensors."""
+"""What a file from elsewhere says of itself, checked before it is believed: links, JSON, headers; and its hash."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from typing import Any
 from kindiff.errors import BadFileError
 
 MAX_JSON = 64 * 2**20
+MAX_VALUES = 2**22  # commas and opening brackets: a few bytes of text each, but a Python object of 60
 _SIZES = {"I64": 8, "F64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 MAX_DIMENSIONS = 16
 
@@ -30,7 +32,7 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             raise BadFileError(f"{path} is damaged or truncated (no header of safetensors); fetch it again.")
         content = file.read(length)
     try:
-        header = json.loads(content, object_pairs_hook=no_key_twice)
+        header = parse_json(content)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         spans = sorted(_span(entry) for entry in entries.values())
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -66,8 +68,20 @@ def check_link(path: Path) -> None:
         raise BadFileError(f"{path} is a link out of its directory, to {target}; put the file itself there.")
 
 
-def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json.loads: ValueError where an object has a key twice."""
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def parse_json(content: bytes) -> Any:
+    """What JSON of a file from elsewhere says; ValueError when it is none, has a key twice or absurdly many values."""
+    if sum(map(content.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise ValueError(f"it holds more than {MAX_VALUES} values")
+    return json.loads(content, object_pairs_hook=_no_key_twice)
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) != len(pairs):
         raise ValueError("a key stands twice")
     return dict(pairs)

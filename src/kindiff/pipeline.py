@@ -17,8 +17,9 @@ from kindiff.config import SampleConfig
 from kindiff.diffusion import gaussian, samplers
 from kindiff.diffusion.guidance import guided
 from kindiff.errors import UsageError
-from kindiff.models.autoencoder import Autoencoder
+from kindiff.models.codec import Codec, open_codec
 from kindiff.models.dit import DiT
+from kindiff.parallel import ALONE, Ranks
 from kindiff.randomness import Purpose, stream
 from kindiff.runtime import device_of
 
@@ -26,7 +27,7 @@ from kindiff.runtime import device_of
 class DiTPipeline:
     """Draws images from a model; a latent model brings its autoencoder."""
 
-    def __init__(self, model: DiT, autoencoder: Autoencoder | None = None) -> None:
+    def __init__(self, model: DiT, autoencoder: Codec | None = None) -> None:
         if bool(model.config.autoencoder) != (autoencoder is not None):
             need = "works on latents and needs its autoencoder" if autoencoder is None else "works on pixels"
             raise UsageError(f"the model {need}; give the pipeline what the model was trained with.")
@@ -40,7 +41,7 @@ class DiTPipeline:
         """A model directory; the autoencoder is its sub-folder `autoencoder`, where the model is a latent one."""
         model = DiT.from_pretrained(directory)
         folder = Path(directory) / "autoencoder"
-        return DiTPipeline(model, Autoencoder.from_pretrained(folder) if model.config.autoencoder else None)
+        return DiTPipeline(model, open_codec(folder) if model.config.autoencoder else None)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the model and, where there is one, its autoencoder."""
@@ -59,13 +60,15 @@ class DiTPipeline:
         first_index: int = 0,
         tailors: bool = True,
         advance: Callable[[int], None] = lambda count: None,
+        ranks: Ranks = ALONE,
     ) -> np.ndarray:
         """Draw one image for each class id (the null id for none): uint8 (B, H, W, 3).
 
         Image i is a function of (config.seed, first_index + i), its class and the model alone. Classes may be
         mixed freely. tailors=False switches every tailor off and keeps the class embeddings: the learngenes
-        alone. `advance` is told of finished images. UsageError for an id that the model does not have or a
-        sampler that does not fit its objective.
+        alone. `advance` is told of finished images. Of several ranks each draws a batch in turn, the batches that
+        one would draw alone; the first returns all images, the others none. UsageError for an id that the model
+        does not have or a sampler that does not fit its objective.
         """
         rows = self.model.classes.rows
         if bad := [i for i in class_ids if not 0 <= i < rows]:
@@ -76,13 +79,18 @@ class DiTPipeline:
         self.model.to(device_of(config.device))
         if self.autoencoder is not None:
             self.autoencoder.to(device_of(config.device))
-        images = []
-        for start in range(0, len(class_ids), config.batch):
-            ids = class_ids[start : start + config.batch]
-            images.append(self._batch(ids, first_index + start, config, draw, tailors))
-            advance(len(ids))
-        size = images[0].shape[1:] if images else (0, 0, 3)
-        return np.concatenate(images) if images else np.zeros((0, *size), np.uint8)
+        batches = [(i, class_ids[i : i + config.batch]) for i in range(0, len(class_ids), config.batch)]
+        images: list[Tensor] = []
+        for turn in range(0, len(batches), ranks.count):
+            together = batches[turn : turn + ranks.count]
+            drawn = None
+            if ranks.rank < len(together):
+                start, ids = together[ranks.rank]
+                drawn = torch.from_numpy(self._batch(ids, first_index + start, config, draw, tailors))
+            counts = [len(ids) for _, ids in together]
+            images += ranks.to_first(drawn, counts)
+            advance(sum(counts))
+        return torch.cat(images).numpy() if images else np.zeros((0, 0, 0, 3), np.uint8)
 
     def _batch(
         self, ids: Sequence[int], first: int, config: SampleConfig, draw: Sampler, tailors: bool

@@ -1,4 +1,7 @@
-"""Progress on stderr: a live bar on a terminal, a line now and then elsewhere. Results go to stdout."""
+"""Progress on stderr: a live bar on a terminal, a line now and then elsewhere. Results go to stdout.
+
+Of several ranks the first one speaks.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kindiff.parallel import place
 
 LINE_EVERY = 10.0
 """Seconds between lines where there is no terminal."""
@@ -26,7 +31,7 @@ class Track:
         """Stands beside the count: a loss, say."""
         self.started = self.said = time.monotonic()
         self.bar: Progress | None = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and place()[0] == 0:
             self.bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -65,6 +70,8 @@ class Track:
 
     def _line(self, note: str) -> None:
         self.said, self.lines_at = time.monotonic(), self.done
+        if place()[0] != 0:
+            return
         left = (self.total - self.done) / max(self.rate(), 1e-9)
         end = f"about {left:.0f} s left" if left > 0 else f"done in {self.said - self.started:.0f} s"
         print(
@@ -73,6 +80,13 @@ class Track:
         )
 
 
+def show(result: object) -> None:
+    """A result, as one line to stdout."""
+    if place()[0] == 0:
+        print(result)
+
+
 def say(text: str) -> None:
     """One line to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    if place()[0] == 0:
+        print(text, file=sys.stderr, flush=True)

@@ -21,6 +21,7 @@ class Purpose(IntEnum):
     IMAGE = 3
     FOLD = 4
     INIT = 5
+    LATENT = 6
 
 
 def stream(seed: int, purpose: Purpose, position: int) -> np.random.Generator:

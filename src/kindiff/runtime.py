@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kindiff.errors import UsageError
+from kindiff.parallel import local_rank
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +25,15 @@ def cache_folder() -> Path:
 
 
 def device_of(name: str) -> torch.device:
-    """The torch device for `auto` (a GPU when there is one), `cpu`, `cuda`, `cuda:1`."""
+    """The torch device for `auto` (a GPU when there is one), `cpu`, `cuda`, `cuda:1`; each local rank has a GPU."""
     import torch
 
+    rank = local_rank()
+    gpu = "cuda" if rank is None else f"cuda:{rank}"
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(gpu if torch.cuda.is_available() else "cpu")
+    if name == "cuda":
+        name = gpu
     try:
         device = torch.device(name)
     except RuntimeError:

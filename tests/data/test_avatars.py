@@ -18,7 +18,7 @@ from kindiff.config import DataConfig
 from kindiff.data import ImageSet, avatars, open_images
 from kindiff.data.avatars import BASE, GROUPS, KNOWN_SHA256, NOVEL, PER_CLASS, SUPERCLASSES, open_avatars
 from kindiff.data.cache import made_once
-from kindiff.data.prepared import _hash_once, write_prepared
+from kindiff.data.prepared import hash_once, write_prepared
 from kindiff.errors import UsageError
 from kindiff.runtime import cache_folder
 
@@ -127,7 +127,7 @@ def test_another_drawing_is_one_warning(
 
 
 def test_a_cached_set_opens_fast(whole_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _hash_once.cache_clear()
+    hash_once.cache_clear()
     start = time.perf_counter()
     open_avatars("novel", size=4)
     assert time.perf_counter() - start < 1

@@ -16,6 +16,7 @@ import torch
 from kindiff import checkpoint
 from kindiff.cli.main import main
 from kindiff.errors import BadFileError
+from kindiff.parallel import ALONE
 from kindiff.train import Interrupted, NotFinite, loop, pretrain
 from kindiff.train.rollback import Window, read_windows
 from kindiff.train.run import Run
@@ -117,7 +118,7 @@ def test_a_bad_weight_is_never_saved_and_heals(shapes: Path, tmp_path: Path, mon
     monkeypatch.setattr(loop.State, "fault", spoiled)
     pretrain(toy(shapes, **LOOP), tmp_path / "run")
     (window,) = read_windows(tmp_path / "run")
-    assert (window.first, window.end) == (7, 10)
+    assert (window.first, window.end) == (3, 6)
     assert window.cause.endswith("(ema) holds a number that is not finite")
     assert all(t.isfinite().all() for t in state_of(tmp_path / "run").values() if t.is_floating_point())
 
@@ -144,6 +145,8 @@ def test_a_damaged_capsule_or_list_is_named(shapes: Path, tmp_path: Path, poison
 
 class Slow:
     """A run whose disk takes its time."""
+
+    ranks = ALONE
 
     def __init__(self, fail: bool = False) -> None:
         self.go, self.fail = threading.Event(), fail
@@ -180,6 +183,35 @@ def test_a_failed_save_is_raised_once() -> None:
     saver.wait()
     with pytest.raises(OSError, match="the disk is gone"), saver:
         saver.save(2, {"model": {"x": torch.zeros(())}})
+
+
+@pytest.mark.parametrize("save_every", [1, 2, 5])
+def test_a_kill_at_any_moment_costs_at_most_save_every_steps(
+    shapes: Path, tmp_path: Path, monkeypatch, save_every: int
+) -> None:
+    """With a disk that is done only when training waits for it: how far each step is from the newest checkpoint."""
+    save, wait, keep_up, waiting, behind = Run.save, Saver.wait, Saver.keep_up, threading.Event(), []
+
+    def slow(self, step, tensors, *, last=False) -> None:
+        assert waiting.wait(60)
+        save(self, step, tensors, last=last)
+
+    def watched_wait(self) -> None:
+        waiting.set()
+        wait(self)
+        waiting.clear()
+
+    def watched(self, done, most) -> None:
+        keep_up(self, done, most)
+        whole = max(int(p.name[-8:]) for p in (tmp_path / "run" / "checkpoints").glob("step-*"))
+        behind.append(done + 1 - whole)
+
+    monkeypatch.setattr(Run, "save", slow)
+    monkeypatch.setattr(Saver, "wait", watched_wait)
+    monkeypatch.setattr(Saver, "keep_up", watched)
+    pretrain(toy(shapes, **{**LOOP, "save_every": save_every, "steps": 12}), tmp_path / "run")
+    assert len(behind) == 12
+    assert max(behind) == save_every
 
 
 def test_a_stop_while_a_save_is_running_loses_no_step(shapes: Path, tmp_path: Path, monkeypatch) -> None:

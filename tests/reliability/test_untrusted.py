@@ -6,20 +6,21 @@ import json
 import os
 import shutil
 import time
+import tracemalloc
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from kindiff import checkpoint
 from kindiff.components import Components, decompose, load_components, save_components
-from kindiff.config import AutoencoderConfig
-from kindiff.data.latents import LatentSet, write_latents
-from kindiff.data.prepared import open_prepared
+from kindiff.config import AutoencoderConfig, DataConfig, EncodeConfig
+from kindiff.data.latents import LatentSet
 from kindiff.errors import BadFileError
 from kindiff.models import DiT
 from kindiff.models.autoencoder import Autoencoder
+from kindiff.train.encoding import encode
+from kindiff.train.run import GROUPS, Run, _read
 from toys import write_shapes
 
 
@@ -160,19 +161,21 @@ def test_what_is_no_file_is_not_read(model_folder: Path) -> None:
 
 def test_a_manifest_of_latents_is_checked_like_any_other(tmp_path: Path) -> None:
     """Found by the campaign's fuzzing: counts, classes and the autoencoder were believed."""
-    images = open_prepared(write_shapes(tmp_path / "images", per_class=1))
-    write_latents(
-        tmp_path / "latents",
-        images,
-        Autoencoder(AutoencoderConfig(width=8)),
-        np.zeros((4, 2, 4, 2, 2), np.float32),
-    )
+    write_shapes(tmp_path / "images", per_class=1)
+    Autoencoder(AutoencoderConfig(width=8)).save_pretrained(tmp_path / "codec")
+    data = DataConfig(source=str(tmp_path / "images"), size=16)
+    encode(EncodeConfig(data=data, autoencoder=str(tmp_path / "codec")), tmp_path / "latents")
     path = tmp_path / "latents" / "manifest.json"
     whole = path.read_text()
     assert len(LatentSet.open(path.parent)) == 4
+    two, one = {"name": "a", "count": 2}, {"name": "b", "count": 1}
+    shard = json.loads(whole)["shards"][0]
     for key, value in (
-        ("counts", 4), ("counts", [1, 1, 1, "1"]), ("counts", [4]), ("counts", [2, 2, 1, -1]), ("classes", "abcd"),
-        ("classes", ["a", "b", "c", 4]), ("classes", ["a", "b", "c", "\ud800"]), ("autoencoder", None),
+        ("classes", 4), ("classes", "abcd"), ("classes", [two, one]), ("classes", [two, two | {"name": 4}]),
+        ("classes", [two, two | {"count": "2"}]), ("classes", [two, one, one]), ("autoencoder", None),
+        ("classes", [two, two | {"name": "\ud800"}]), ("classes", [two | {"count": 5}, one | {"count": -1}]),
+        ("shards", []), ("shards", [shard | {"rows": 5}]), ("shards", [shard | {"rows": -4}]), ("side", 0),
+        ("shards", [shard | {"sha256": "0" * 64}]), ("channels", 2**40), ("sha256", "0" * 64), ("dtype", "object"),
     ):  # fmt: skip
         edit(path, "", key, value)
         with pytest.raises(BadFileError, match=r"manifest\.json is damaged"):
@@ -190,3 +193,26 @@ def test_a_tailor_whose_sigma_is_one_number(parts_folder: Path) -> None:
     checkpoint.write_tensors(path, tensors | {"blocks.0.q.sigma": torch.tensor(1.0)}, metadata)
     with pytest.raises(BadFileError, match=r"cat\.safetensors is of another architecture"):
         load_components(parts_folder)
+
+
+def test_absurdly_many_values_are_refused_before_they_are_made(model_folder: Path) -> None:
+    """Three bytes of text make an object of sixty: a description of the allowed length could fill the memory."""
+    path = model_folder / "config.json"
+    path.write_bytes(b'{"format": [' + b"[]," * 2_200_000 + b"[]]}")
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadFileError, match="holds more than 4194304 values"):
+            DiT.from_pretrained(model_folder)
+        assert tracemalloc.get_traced_memory()[1] < 2 * path.stat().st_size
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_checkpoint_whose_step_is_infinite(tmp_path: Path) -> None:
+    """Found by the guided campaign: int(Infinity) is an OverflowError, which nothing expected."""
+    tensors = {group: {"x": torch.zeros(3)} for group in GROUPS}
+    Run(tmp_path / "run", {"seed": 1}).save(5, tensors)
+    place = tmp_path / "run" / "checkpoints" / "step-00000005"
+    edit(place / "state.json", "", "step", float("inf"))
+    with pytest.raises(BadFileError, match=r"state\.json is damaged"):
+        _read(place)

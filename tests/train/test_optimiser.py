@@ -18,9 +18,10 @@ from kindiff.data import open_prepared
 from kindiff.data.batches import make_batch
 from kindiff.diffusion import flow_loss
 from kindiff.models import DiT
+from kindiff.parallel import ALONE
 from kindiff.train import pretrain, transfer
-from kindiff.train.ema import Ema
 from kindiff.train.optimiser import BETAS, EPS, Optimiser, RowAdam, factor_of
+from kindiff.train.state import State
 from toys import NEW_SHAPES, SHAPES, SIZE, assert_same_tensors, toy, write_shapes
 
 FLOAT = {"rtol": 1e-6, "atol": 1e-8}
@@ -199,7 +200,8 @@ def test_dropout_of_labels_and_gates(tmp_path: Path) -> None:
 
 def test_ema_follows_its_formula_and_starts_fast(kind_model: DiT) -> None:
     kind_model.final.out.weight.requires_grad_(False)
-    ema = Ema(kind_model, 0.9)
+    state = State.fresh(kind_model, TrainConfig(ema=0.9), torch.device("cpu"), ALONE)
+    ema = state.ema
     name = "blocks.0.q.u"
     live = dict(kind_model.named_parameters())[name]
     expected = live.detach().double().clone()
@@ -212,7 +214,7 @@ def test_ema_follows_its_formula_and_starts_fast(kind_model: DiT) -> None:
         expected = decay * expected + (1 - decay) * live.detach().double()
     torch.testing.assert_close(ema.average[name].double(), expected, rtol=1e-4, atol=1e-5)
     assert "final.out.weight" not in ema.average
-    averaged = ema.model(kind_model)
+    averaged = state.whole_model(averaged=True)
     assert torch.equal(dict(averaged.named_parameters())[name], ema.average[name])
     assert not torch.equal(live, ema.average[name]), "the live model keeps its own weights"
     assert torch.equal(averaged.final.out.weight, kind_model.final.out.weight)

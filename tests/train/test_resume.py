@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -187,10 +188,10 @@ def break_off(monkeypatch) -> Callable[..., None]:
 
 @pytest.fixture
 def two_checkpoints(shapes: Path, tmp_path: Path, break_off) -> Path:
-    """An unfinished run of 12 steps with whole checkpoints at steps 4 and 8."""
+    """An unfinished run of 12 steps with whole checkpoints at steps 6 and 8."""
     run, config = tmp_path / "run", toy(shapes)
     break_off(config, run, steps=9)
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000004", "step-00000008"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
     return run
 
 
@@ -217,7 +218,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     (named,) = [line for line in stderr.splitlines() if "passing over a checkpoint" in line]
     # a flipped bit in the recorded hash of a file looks like damage of that file
     assert str(path if name != "state" else path.parent) in named
-    assert "resuming at step 4" in stderr
+    assert "resuming at step 6" in stderr
     assert_same_run(two_checkpoints, short_run)
 
 
@@ -318,3 +319,22 @@ def test_a_finished_run_says_so_and_changes_nothing(shapes: Path, short_run: Pat
 def test_a_finished_run_keeps_its_newest_checkpoint_only(short_run: Path) -> None:
     assert [p.name for p in (short_run / "checkpoints").iterdir()] == ["step-00000012"]
     assert [line["step"] for line in metrics(short_run)] == [3, 6, 9, 12]
+
+
+def test_a_run_is_locked_against_a_second_process(tmp_path: Path, capsys) -> None:
+    shapes, run = write_shapes(tmp_path / "shapes"), tmp_path / "run"
+    run.mkdir()
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, run / "run.lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"1\n"
+    arguments = ["pretrain", str(run), *toy_arguments(shapes, steps=4)]
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == (
+        f"kindiff: another process trains in {run}; wait for its end or stop it, or use another folder.\n"
+    )
+    other.kill()
+    other.communicate()
+    assert main(arguments) == 0

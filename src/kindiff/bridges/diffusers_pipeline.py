@@ -28,6 +28,7 @@ from kindiff.components import Components
 from kindiff.config import DiTConfig
 from kindiff.diffusion import gaussian
 from kindiff.errors import BadFileError, UsageError
+from kindiff.models.codec import open_codec
 from kindiff.models.dit import DiT
 
 NULL_ROW = 1000
@@ -43,7 +44,7 @@ def export_pipeline(model: DiT, vae: str | Path, out: str | Path, *, steps: int 
     vae: folder of the diffusers AutoencoderKL whose latents, times its scaling factor, the model was trained on.
     steps: for a model with the published timestep features, the number of sampling steps (and every divisor of
     it) at which the pipeline computes what the model does; with diffusers' features it always does. UsageError
-    for a pixel model, components, more than 1000 classes or an autoencoder that does not fit.
+    for a pixel model, components, more than 1000 classes or an autoencoder that does not fit or is another one.
     """
     with checkpoint.new_directory(Path(out)) as folder:
         _write(model, Path(vae), folder, steps)
@@ -204,6 +205,12 @@ def _check(model: DiT, vae: Path) -> None:
         raise BadFileError(
             f"{vae} has {description.get('latent_channels')} latent channels and the model {model.config.channels}."
         )
+    if ignored := [name for name in ("shift_factor", "latents_mean", "latents_std") if description.get(name)]:
+        raise UsageError(
+            f"{vae} has a {ignored[0]}, which diffusers' DiT pipeline ignores: its pictures would be wrong."
+        )
+    if model.config.autoencoder and open_codec(vae).fingerprint() != model.config.autoencoder:
+        raise UsageError(f"{vae} is not the autoencoder whose latents the model was trained on.")
 
 
 def _with_null_at_1000(model: DiT) -> DiT:

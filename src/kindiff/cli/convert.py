@@ -44,7 +44,7 @@ class Args:
     steps: int = 50
     """Sampling steps of the fit; its divisors are exact too."""
     vae: Path | None = None
-    """Folder of the diffusers AutoencoderKL that decodes a pipeline's latents."""
+    """Folder of the diffusers AutoencoderKL that decodes a pipeline's latents; the source's own where it has one."""
     classes: tuple[str, ...] = ()
     """Classes of a components directory or decomposable model: one merged model, or one pipeline folder each."""
     learngene_rank: int | None = None
@@ -59,11 +59,11 @@ def run(args: Args) -> None:
     _check(args)
     model = _read(args)
     if args.to == "pipeline":
-        assert args.vae is not None
+        vae = args.vae or args.source / "autoencoder"
         if isinstance(model, Components):
-            _pipelines(args, model)
+            _pipelines(args, model, vae)
         else:
-            diffusers_pipeline.export_pipeline(model, args.vae, args.out, steps=args.steps)
+            diffusers_pipeline.export_pipeline(model, vae, args.out, steps=args.steps)
             print(args.out)
         return
     if isinstance(model, Components):
@@ -78,13 +78,12 @@ def run(args: Args) -> None:
     print(args.out)
 
 
-def _pipelines(args: Args, parts: Components) -> None:
+def _pipelines(args: Args, parts: Components, vae: Path) -> None:
     from kindiff.bridges.diffusers_pipeline import export_classes, guidance_gap
     from kindiff.progress import say
 
-    assert args.vae is not None
     folders = export_classes(
-        parts, parts.classes, args.vae, args.out, learngene_rank=args.learngene_rank, steps=args.steps
+        parts, parts.classes, vae, args.out, learngene_rank=args.learngene_rank, steps=args.steps
     )
     for folder in folders:
         gap = guidance_gap(parts, folder.name)
@@ -144,7 +143,8 @@ def _check(args: Args) -> None:
             raise UsageError(f"{option} goes with {where} only.")
     if args.steps < 1:
         raise UsageError(f"steps is {args.steps}; it must be at least 1.")
-    if args.to == "pipeline" and args.vae is None:
+    own = args.source / "autoencoder" / "config.json"
+    if args.to == "pipeline" and args.vae is None and not own.is_file():
         raise UsageError(
             "a pipeline decodes latents with a diffusers AutoencoderKL; give its folder with --vae. Models of pixels, "
             "or of kindiff's own small autoencoder, cannot become one: --to diffusers writes the transformer alone."
@@ -154,17 +154,6 @@ def _check(args: Args) -> None:
 
 
 def _names(args: Args) -> ClassSet | None:
-    from kindiff.classes import ClassSet
+    from kindiff.data.hierarchy import read_names
 
-    if not args.names:
-        return None
-    if args.names == "imagenet":
-        from kindiff.data.hierarchy import imagenet
-
-        return ClassSet(imagenet().classes)
-    path = Path(args.names)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"names {path} do not exist; give a text file, one class a line, or imagenet."
-        )
-    return ClassSet(tuple(line.strip() for line in path.read_text().splitlines() if line.strip()))
+    return read_names(args.names) if args.names else None

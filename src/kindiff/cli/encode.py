@@ -13,7 +13,7 @@ from kindiff.config import EncodeConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """Turn images into latents that `kindiff pretrain --data.source OUT` trains on."""
+    """Turn images into latents that `kindiff pretrain --data.source OUT` trains on; run again to go on."""
 
     out: tyro.conf.Positional[Path]
     """Directory to write: the latents and the autoencoder."""
@@ -24,7 +24,7 @@ class Args:
 
 def run(args: Args) -> None:
     """Train the autoencoder where none is given, encode."""
-    from kindiff.train.autoencoder import encode
+    from kindiff.train.encoding import encode
 
     encode(args.recipe, args.out)
     print(args.out)

@@ -17,6 +17,7 @@ from kindiff.config import SampleConfig
 if TYPE_CHECKING:
     from kindiff.evaluate.features import Features
     from kindiff.evaluate.protocol import Score
+    from kindiff.parallel import Ranks
 
 WORST = 10
 
@@ -40,6 +41,10 @@ class Args:
     """File of Inception weights; without it they are downloaded once. Its SHA-256 is checked."""
     classes: tuple[str, ...] = ()
     """Only these classes, of samples and reference both."""
+    groups: str = ""
+    """The reference's classes are merged into groups, as the model's were in training: imagenet, avatars or a file."""
+    split: str = ""
+    """Only the groups of this list, such as base or novel-10."""
     per_class: int = 0
     """Reference images of each class; 0 for all."""
     count: int = 0
@@ -60,7 +65,14 @@ class Args:
 
 
 def run(args: Args) -> None:
-    """Evaluate and print."""
+    """Evaluate and print; of several ranks the first one, with features that all computed."""
+    from kindiff.parallel import joined
+
+    with joined() as ranks:
+        _run(args, ranks)
+
+
+def _run(args: Args, ranks: Ranks) -> None:
     from kindiff.checkpoint import write_json
     from kindiff.errors import UsageError
     from kindiff.evaluate import reference as references
@@ -68,7 +80,7 @@ def run(args: Args) -> None:
     from kindiff.evaluate.protocol import read_score, same_protocol
     from kindiff.evaluate.run import UNKNOWN_SAMPLER, evaluate, protocol_of
     from kindiff.evaluate.sources import open_reference, open_samples
-    from kindiff.evaluate.store import digest, identity
+    from kindiff.evaluate.store import compute, digest, identity
     from kindiff.progress import say
     from kindiff.runtime import cache_folder
 
@@ -76,19 +88,25 @@ def run(args: Args) -> None:
         raise UsageError(f"feature_batch is {args.feature_batch}; it must be at least 1.")
     earlier = read_score(args.compare) if args.compare else None
     features = _features(args)
-    samples = open_samples(args.samples, count=args.count, classes=args.classes, sampling=args.recipe)
+    samples = ranks.in_turn(
+        lambda: open_samples(args.samples, count=args.count, classes=args.classes, sampling=args.recipe)
+    )
     with _progress("reference") as progress:
-        reference = open_reference(
-            args.reference,
-            features,
-            cache_folder() / "references",
-            size=samples.size,
-            classes=args.classes,
-            per_class=args.per_class,
-            batch=args.feature_batch,
-            progress=progress,
+        reference = ranks.in_turn(
+            lambda: open_reference(
+                args.reference,
+                features,
+                cache_folder() / "references",
+                size=samples.size,
+                classes=args.classes,
+                per_class=args.per_class,
+                groups=args.groups,
+                split=args.split,
+                batch=args.feature_batch,
+                progress=progress,
+            )
         )
-    if args.save_reference:
+    if args.save_reference and ranks.first:
         references.save(reference, args.save_reference)
     sampler = samples.sampler if isinstance(samples, GeneratedImages) else UNKNOWN_SAMPLER
     if earlier:
@@ -97,6 +115,10 @@ def run(args: Args) -> None:
     work = args.out / "features" if args.out else cache_folder() / "evaluations" / key
     with _progress("samples") as progress, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # they are among the notes
+        if ranks.count > 1:
+            compute(samples, features, work, batch=args.feature_batch, progress=progress, ranks=ranks)
+        if not ranks.first:
+            return
         score = evaluate(
             samples,
             reference,

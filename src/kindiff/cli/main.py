@@ -18,10 +18,11 @@ from typing import Any
 
 from kindiff.classes import nearest
 from kindiff.errors import UsageError
+from kindiff.parallel import place
 
 COMMANDS = {
     "demo": "pre-train, decompose, recombine, transfer and sample on drawn avatars; ends with a page to look at",
-    "encode": "train a small autoencoder on images and turn them into latents",
+    "encode": "turn images into latents, with a small autoencoder (trained first) or diffusers' AutoencoderKL",
     "data": "check a folder of images: what cannot be read or stands twice goes on a list and is left out",
     "pretrain": "pre-train a decomposable diffusion transformer on images",
     "decompose": "take a model apart: learngenes and one tailor file per class",
@@ -149,7 +150,8 @@ def _sentence(error: OSError) -> str:
 
 
 def _fail(sentence: str, code: int) -> int:
-    print(f"kindiff: {sentence}", file=sys.stderr)
+    rank = place()[0]
+    print(f"kindiff{f' (rank {rank})' if rank else ''}: {sentence}", file=sys.stderr)
     return code
 
 

@@ -20,17 +20,18 @@ class Args:
     config: Path | None = None
     """Recipe (TOML) whose values the options below override."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Check everything, print the plan, train nothing."""
+    """Check everything, time a few steps, print the plan (parameters, GMACs, memory, time), train nothing."""
     recipe: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
 
 
 def run(args: Args) -> None:
     """Train, or print the plan."""
+    from kindiff.progress import show
     from kindiff.train import pretrain
     from kindiff.train.plan import pretrain_plan
 
     if args.dry_run:
-        print(pretrain_plan(args.recipe))
+        show(pretrain_plan(args.recipe).text())
         return
     pretrain(args.recipe, args.out)
-    print(args.out / "model")
+    show(args.out / "model")

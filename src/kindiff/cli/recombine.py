@@ -32,6 +32,6 @@ def run(args: Args) -> None:
     from kindiff.pipeline import DiTPipeline
 
     parts = load_components(args.parts, args.classes or None)
-    model = parts.recombine(learngene_rank=args.learngene_rank, layers=args.layers)
+    model = parts.recombine(learngene_rank=args.learngene_rank, layers=args.layers, take_over=True)
     DiTPipeline(model, load_autoencoder(args.parts)).save_pretrained(args.out)
     print(args.out)

@@ -35,8 +35,9 @@ def run(args: Args) -> None:
     from kindiff.checkpoint import PICTURES, check_replaceable
     from kindiff.errors import UsageError
     from kindiff.images import grid, write_folder, write_png
+    from kindiff.parallel import joined
     from kindiff.pipeline import DiTPipeline
-    from kindiff.progress import Track
+    from kindiff.progress import Track, show
 
     if args.per_class < 1:
         raise UsageError(f"per_class is {args.per_class}; it must be at least 1.")
@@ -46,10 +47,13 @@ def run(args: Args) -> None:
     pipeline = DiTPipeline.from_pretrained(args.model)
     names = args.classes or pipeline.model.classes.names
     ids = [i for i in pipeline.model.classes.ids(names) for _ in range(args.per_class)]
-    with Track("sampling", len(ids), unit="images") as track:
-        images = pipeline.sample(ids, args.recipe, tailors=not args.learngenes_only, advance=track.advance)
-    if as_grid:
-        write_png(args.out, grid(images, columns=args.per_class))
-    else:
-        write_folder(args.out, images, [name for name in names for _ in range(args.per_class)])
-    print(args.out)
+    with joined() as ranks:
+        with Track("sampling", len(ids), unit="images") as track:
+            images = pipeline.sample(
+                ids, args.recipe, tailors=not args.learngenes_only, advance=track.advance, ranks=ranks
+            )
+        if ranks.first and as_grid:
+            write_png(args.out, grid(images, columns=args.per_class))
+        elif ranks.first:
+            write_folder(args.out, images, [name for name in names for _ in range(args.per_class)])
+    show(args.out)

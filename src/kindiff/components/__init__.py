@@ -4,10 +4,11 @@ from kindiff.components.algebra import Factors, canonical, svd
 from kindiff.components.anymodel import factorize_modules
 from kindiff.components.anyparts import decompose_modules, merge_modules
 from kindiff.components.build import factorize
-from kindiff.components.files import load_autoencoder, load_components, save_components
+from kindiff.components.files import load_autoencoder, load_components, load_tailor, save_components
 from kindiff.components.gates import SoftGate, TableGate
 from kindiff.components.linear import ComponentLinear
 from kindiff.components.parts import Components, decompose
+from kindiff.components.swap import Tailor, swap_tailor_
 
 __all__ = [
     "ComponentLinear",
@@ -15,6 +16,7 @@ __all__ = [
     "Factors",
     "SoftGate",
     "TableGate",
+    "Tailor",
     "canonical",
     "decompose",
     "decompose_modules",
@@ -22,7 +24,9 @@ __all__ = [
     "factorize_modules",
     "load_autoencoder",
     "load_components",
+    "load_tailor",
     "merge_modules",
     "save_components",
     "svd",
+    "swap_tailor_",
 ]

@@ -11,7 +11,6 @@ from torch import Tensor
 from kindiff.components.algebra import Factors
 from kindiff.components.linear import ComponentLinear
 from kindiff.models.dit import DiT
-from kindiff.models.layers import Linear
 
 
 def factors_of(tensors: Mapping[str, Tensor], matrix: str) -> Factors:
@@ -20,17 +19,21 @@ def factors_of(tensors: Mapping[str, Tensor], matrix: str) -> Factors:
 
 
 @torch.no_grad()
-def merge(model: DiT) -> DiT:
-    """A dense model of the single class, its tailor folded in; it has no class-agnostic part any more."""
+def merge_(model: DiT) -> DiT:
+    """A dense model of the single class, its tailor folded in; it has no class-agnostic part any more.
+
+    The new model takes over the tensors of the given one, whose learngenes are dense: no weight is held twice.
+    """
     assert model.gate is not None
     gating = model.gate(torch.zeros(1, dtype=torch.int64), model.class_embed.weight[:1])
-    new = DiT(model.config, classes=model.classes)
-    state = {k: v.clone() for k, v in model.state_dict().items() if k in new.state_dict()}
-    new.load_state_dict(state, strict=False)
-    for (_, source), (_, target) in zip(model.named_matrices(), new.named_matrices(), strict=True):
-        assert isinstance(source, ComponentLinear)
-        assert isinstance(target, Linear)
-        target.weight.copy_(source.merged_weight(gating))
+    for _, layer in model.named_matrices():
+        assert isinstance(layer, ComponentLinear)
+        layer.weight.copy_(layer.merged_weight(gating))
+    with torch.device("meta"):
+        new = DiT(model.config, classes=model.classes)
+    state = model.state_dict()
+    new.load_state_dict({name: state[name] for name in new.state_dict()}, assign=True)
+    new.positions_TD = model.positions_TD
     return new
 
 
@@ -48,15 +51,16 @@ def freeze_learngenes(model: DiT, train_also: tuple[Literal["bias", "final"], ..
     return model
 
 
-def fill_slot_(layer: ComponentLinear, slot: int, tailor: Mapping[str, Tensor], matrix: str) -> None:
-    """Copy one class's components into a slot; a smaller tailor is padded with components of sigma zero."""
-    room = layer.tailor_sigma.shape[1]
+def fill_slot_(bank: Factors, slot: int, tailor: Mapping[str, Tensor], matrix: str) -> None:
+    """Copy one class's components into a slot of a matrix's bank (u (S, N, O), sigma (S, N), v (S, N, I)).
+
+    A smaller tailor is padded with components of sigma zero.
+    """
+    room = bank.sigma.shape[1]
     own = factors_of(tailor, matrix) if f"{matrix}.sigma" in tailor else None
     count = 0 if own is None else len(own.sigma)
-    for bank, tensor in zip(
-        (layer.tailor_u, layer.tailor_sigma, layer.tailor_v), own or (None, None, None), strict=True
-    ):
+    for tensors, tensor in zip(bank, own or (None, None, None), strict=True):
         if count < room:
-            bank[slot].zero_()
+            tensors[slot].zero_()
         if tensor is not None:
-            bank[slot, :count].copy_(tensor)
+            tensors[slot, :count].copy_(tensor)

@@ -95,18 +95,7 @@ def factorize(
     """
     if model.structure is not None:
         raise UsageError("the model is already made of components; factorize takes a dense one.")
-    for matrix in kind.targets:
-        check_rank(kind.tailor_rank, matrix, model.config, what="tailor")
-    table = slots_of_classes(model.classes, kind, superclasses)
-    slots = 1 + max(max(row) for row in table)
-    structure = Structure(
-        rank=kind.learngene_rank,
-        tailor_rank=kind.tailor_rank,
-        slots=slots,
-        gate="soft" if kind.gate == "soft" else "table",
-        gate_width=len(table[0]),
-        targets=kind.targets,
-    )
+    structure, table = structure_of(model.config, model.classes, kind, superclasses)
     new = empty(model.config, model.classes, structure)
     if isinstance(new.gate, TableGate):
         new.gate.fill_(table)
@@ -117,6 +106,24 @@ def factorize(
         assert isinstance(layer, ComponentLinear)
         fill_components_(layer, matrices[name], kind, structure, generator)
     return new
+
+
+def structure_of(
+    config: DiTConfig, classes: ClassSet, kind: KindConfig, superclasses: Mapping[str, str] | None = None
+) -> tuple[Structure, list[list[int]]]:
+    """What `factorize` makes of a dense model of this shape, and the slots of each class. Raises as it does."""
+    for matrix in kind.targets:
+        check_rank(kind.tailor_rank, matrix, config, what="tailor")
+    table = slots_of_classes(classes, kind, superclasses)
+    structure = Structure(
+        rank=kind.learngene_rank,
+        tailor_rank=kind.tailor_rank,
+        slots=1 + max(max(row) for row in table),
+        gate="soft" if kind.gate == "soft" else "table",
+        gate_width=len(table[0]),
+        targets=kind.targets,
+    )
+    return structure, table
 
 
 def slots_of_classes(

@@ -18,14 +18,13 @@ from kindiff import checkpoint
 from kindiff.classes import ClassSet
 from kindiff.components.build import Structure, empty
 from kindiff.components.parts import EMBEDDING, GATE, NULL_EMBEDDING, Components
+from kindiff.components.swap import Tailor
 from kindiff.config import MATRICES, DiTConfig, from_dict, to_dict
 from kindiff.errors import BadFileError, UsageError
-from kindiff.models.autoencoder import Autoencoder
+from kindiff.models.codec import Codec, open_codec
 
 
-def save_components(
-    parts: Components, directory: str | Path, *, autoencoder: Autoencoder | None = None
-) -> None:
+def save_components(parts: Components, directory: str | Path, *, autoencoder: Codec | None = None) -> None:
     """Write a components directory; it appears whole or not at all. Parts of a latent model need its autoencoder."""
     if (autoencoder.fingerprint() if autoencoder else "") != parts.config.autoencoder:
         raise UsageError(
@@ -82,10 +81,23 @@ def load_components(directory: str | Path, classes: Iterable[str] | None = None)
     return Components(config, targets, learngenes, tailors)
 
 
-def load_autoencoder(directory: str | Path) -> Autoencoder | None:
+def load_tailor(directory: str | Path, name: str) -> Tailor:
+    """One class of a components directory, for `swap_tailor_`: only its file is read, not the learngenes.
+
+    Raises FileNotFoundError, UsageError for a class it does not list, or BadFileError as `load_components` does.
+    """
+    folder = Path(directory)
+    description = _description(folder)
+    ClassSet(tuple(description["classes"])).id(name)
+    config = from_dict(DiTConfig, description["model"])
+    tensors = _read_tailor(folder, name, config, tuple(description["targets"]), description["learngenes"])
+    return Tailor(name, tensors, description["learngenes"])
+
+
+def load_autoencoder(directory: str | Path) -> Codec | None:
     """The autoencoder of a components directory, where its parts are a latent model's."""
     folder = Path(directory) / "autoencoder"
-    return Autoencoder.from_pretrained(folder) if folder.is_dir() else None
+    return open_codec(folder) if folder.is_dir() else None
 
 
 def _description(folder: Path) -> dict[str, Any]:

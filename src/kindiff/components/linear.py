@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kindiff.components.algebra import Factors
 from kindiff.models.layers import Gating, compute_dtype
 
 
@@ -43,6 +44,11 @@ class ComponentLinear(nn.Module):
             self.tailor_u = nn.Parameter(torch.empty(slots, tailor_rank, features_out))
             self.tailor_sigma = nn.Parameter(torch.empty(slots, tailor_rank))
             self.tailor_v = nn.Parameter(torch.empty(slots, tailor_rank, features_in))
+
+    @property
+    def tailors(self) -> Factors:
+        """The bank: u (S, N, O), sigma (S, N), v (S, N, I); only a layer that has tailors has one."""
+        return Factors(self.tailor_u, self.tailor_sigma, self.tailor_v)
 
     def forward(self, x_BTI: Tensor, gating: Gating | None) -> Tensor:
         return self.together([self], x_BTI, gating)[0]

@@ -19,7 +19,7 @@ from kindiff.checkpoint import hash_tensors
 from kindiff.classes import ClassSet
 from kindiff.components import algebra
 from kindiff.components.algebra import Factors
-from kindiff.components.assembly import factors_of, fill_slot_, freeze_learngenes, merge
+from kindiff.components.assembly import factors_of, fill_slot_, freeze_learngenes, merge_
 from kindiff.components.build import Structure, empty
 from kindiff.components.gates import TableGate
 from kindiff.components.linear import ComponentLinear
@@ -76,12 +76,14 @@ class Components:
         *,
         learngene_rank: int | None = None,
         layers: Layers = "auto",
+        take_over: bool = False,
     ) -> DiT:
         """A new model of the wanted classes (None: all), smaller by the tailors left out.
 
         learngene_rank: keep that many components of the learngenes' canonical form; None: the learngenes as
-        they are, and the model equals the one taken apart to the bit. UsageError for an unknown class, a class
-        asked twice, a rank that the parts do not hold, or layers="merged" with more than one class.
+        they are, and the model equals the one taken apart to the bit. take_over: the model uses the parts'
+        own memory where it can, instead of a copy; the parts must then be given up. UsageError for an unknown
+        class, a class asked twice, a rank that the parts do not hold, or layers="merged" with more than one class.
         """
         known = ClassSet(self.classes)
         wanted = ClassSet(tuple(self.classes if classes is None else classes))
@@ -99,8 +101,8 @@ class Components:
         rank = learngene_rank or self.learngene_rank
         if layers == "auto":
             layers = "factored" if factored_is_cheaper(self.config, rank) else "dense"
-        model = self._assemble(wanted, learngene_rank, dense=layers != "factored")
-        return merge(model) if layers == "merged" else model
+        model = self._assemble(wanted, learngene_rank, dense=layers != "factored", copy=not take_over)
+        return merge_(model) if layers == "merged" else model
 
     def with_new_tailors(
         self,
@@ -171,41 +173,55 @@ class Components:
 
     @torch.no_grad()
     def _assemble(
-        self, wanted: ClassSet, learngene_rank: int | None, *, dense: bool, slots: int | None = None
+        self,
+        wanted: ClassSet,
+        learngene_rank: int | None,
+        *,
+        dense: bool,
+        slots: int | None = None,
+        copy: bool = True,
     ) -> DiT:
         rank = learngene_rank or self.learngene_rank
         slots = len(wanted) if slots is None else slots
-        tailor_rank = self._rank_of(wanted)
         structure = Structure(
-            rank=None if dense else rank, tailor_rank=tailor_rank, slots=slots, targets=self.targets
+            rank=None if dense else rank,
+            tailor_rank=self._rank_of(wanted),
+            slots=slots,
+            targets=self.targets,
         )
-        model = empty(_with_classes(self.config, len(wanted)), wanted, structure)
-        model.to(self.learngenes[NULL_EMBEDDING].dtype)
-        state = dict(model.state_dict())
+        dtype = self.learngenes[NULL_EMBEDDING].dtype
+        with torch.device("meta"):
+            model = empty(_with_classes(self.config, len(wanted)), wanted, structure)
+
+        def own(tensor: Tensor) -> Tensor:
+            return tensor.detach().to("cpu", dtype, copy=copy)
+
         rows = [self.tailors[name][EMBEDDING] for name in wanted.names] + [self.learngenes[NULL_EMBEDDING]]
-        state["class_embed.weight"].copy_(torch.stack(rows))
+        state = {"class_embed.weight": own(torch.stack(rows))}
         matrices = {name for name, _ in model.named_matrices()}
         for name, tensor in self.learngenes.items():
             owner, _, leaf = name.rpartition(".")
             if name != NULL_EMBEDDING and not (owner in matrices and leaf in Factors._fields):
-                state[name].copy_(tensor)
+                state[name] = own(tensor)
         for name, layer in model.named_matrices():
             assert isinstance(layer, ComponentLinear)
             learngenes = factors_of(self.learngenes, name)
             if learngene_rank is not None and learngene_rank < len(learngenes.sigma):
-                learngenes = algebra.canonical(learngenes).first(rank)
+                learngenes = Factors(*(t.clone() for t in algebra.canonical(learngenes).first(rank)))
             if dense:
-                layer.weight.copy_(learngenes.dense())
+                state[f"{name}.weight"] = own(learngenes.dense())
             else:
-                layer.u.copy_(learngenes.u)
-                layer.sigma.copy_(learngenes.sigma)
-                layer.v.copy_(learngenes.v)
+                state |= {f"{name}.{leaf}": own(tensor) for leaf, tensor in learngenes._asdict().items()}
             if layer.has_tailors:
+                bank = Factors(*(torch.empty(tensor.shape, dtype=dtype) for tensor in layer.tailors))
                 for slot in range(slots):
-                    fill_slot_(layer, slot, self.tailors[wanted.names[slot]], name)
-        assert isinstance(model.gate, TableGate)
-        model.gate.fill_([[min(i, slots - 1)] for i in range(len(wanted))])
-        return model
+                    fill_slot_(bank, slot, self.tailors[wanted.names[slot]], name)
+                state |= {f"{name}.tailor_{leaf}": tensor for leaf, tensor in bank._asdict().items()}
+        gate = TableGate(len(wanted)).fill_([[min(i, slots - 1)] for i in range(len(wanted))])
+        state |= {GATE + name: tensor for name, tensor in gate.state_dict().items()}
+        model.load_state_dict(state, assign=True)
+        model.set_positions_()
+        return model.to(dtype)
 
     def _rank_of(self, wanted: ClassSet) -> int:
         if not self.targets:
@@ -237,12 +253,7 @@ def decompose(model: DiT) -> Components:
     ids = torch.arange(len(model.classes))
     gating = model.gate(ids, rows[:-1])
     matrices = dict(model.named_matrices())
-    learngenes = {
-        name: tensor.clone()
-        for name, tensor in model.state_dict().items()
-        if ".tailor_" not in name and name != "class_embed.weight" and not name.startswith(GATE)
-    }
-    learngenes[NULL_EMBEDDING] = rows[-1].clone()
+    learngenes = {name: tensor.clone() for name, tensor in learngenes_of(model).items()}
     tailors: dict[str, dict[str, Tensor]] = {}
     for i, name in enumerate(model.classes.names):
         tensors = {EMBEDDING: rows[i].clone()}
@@ -257,6 +268,16 @@ def decompose(model: DiT) -> Components:
                 tensors |= _named(matrix, own)
         tailors[name] = tensors
     return Components(model.config, tuple(model.structure["targets"]), learngenes, tailors)
+
+
+def learngenes_of(model: DiT) -> dict[str, Tensor]:
+    """Everything of a model of factored components that is not a class's, by its name in parts; no copies."""
+    found = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if ".tailor_" not in name and name != "class_embed.weight" and not name.startswith(GATE)
+    }
+    return found | {NULL_EMBEDDING: model.class_embed.weight[-1]}
 
 
 def _with_classes(config: DiTConfig, count: int) -> DiTConfig:

@@ -35,8 +35,9 @@ class DataConfig:
     """Which images."""
 
     source: str = "avatars:base"
-    """avatars:base, avatars:novel or avatars:all; a folder with one sub-folder a class; or a prepared folder
-    (made by an earlier run or by `kindiff encode`)."""
+    """avatars:base, avatars:novel or avatars:all; a folder with one sub-folder a class; a Hugging Face data set
+    (hf:NAME, hf:NAME:SPLIT, or a directory that save_to_disk wrote); or a prepared folder (made by an earlier run or
+    by `kindiff encode`)."""
     size: int = 32
     """Side in pixels; images are scaled and centre-cropped to it."""
     classes: tuple[str, ...] = ()
@@ -52,6 +53,8 @@ class DataConfig:
     """Only the groups of this list of the groups file, such as base, novel or novel-10; empty for all."""
     flip: bool = True
     """Mirror a random half of the samples."""
+    latent_shape: tuple[int, ...] = ()
+    """The source must hold latents of these channels and this side, such as 4 32; empty for whatever it holds."""
     strict: bool = False
     """Stop at an unreadable image instead of naming, counting and skipping it."""
 
@@ -60,6 +63,8 @@ class DataConfig:
             raise UsageError(f"split {self.split!r} is a list of groups; say which with groups.")
         if self.first and self.groups:
             raise UsageError(f"first is {self.first}, but images of merged groups are taken from the start.")
+        if self.latent_shape and (len(self.latent_shape) != 2 or min(self.latent_shape) < 1):
+            raise UsageError(f"latent_shape is {self.latent_shape}; it is channels and side, such as 4 32.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +74,13 @@ class TrainConfig:
     steps: int = 2000
     """Optimiser steps."""
     batch: int = 64
-    """Images a step."""
+    """Images a step, over all ranks."""
+    accumulate: int = 1
+    """Parts of a rank's images that go through the model one after the other, for less memory."""
+    recompute: bool = False
+    """Compute the blocks' activations again in the backward pass instead of keeping them, for less memory."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun. ddp: every rank holds the whole model. fsdp: a piece of every tensor (FSDP2)."""
     lr: float = 1e-3
     """Peak learning rate of the dense parameters and the learngenes."""
     tailor_lr: float = 0.0
@@ -91,7 +102,9 @@ class TrainConfig:
     workers: int = 0
     """Loader processes; results do not depend on it."""
     save_every: int = 500
-    """Steps between checkpoints."""
+    """Most steps that a kill can cost; a checkpoint is begun every half of it."""
+    checkpoints: Literal["full", "sharded"] = "full"
+    """full: the first rank writes whole tensors. sharded: each rank its pieces. Any number of ranks reads both."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     rollbacks: int = 3
@@ -104,9 +117,13 @@ class TrainConfig:
     """Write TensorBoard events too (extra: tensorboard)."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "save_every", "log_every"):
+        for name in ("steps", "batch", "accumulate", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.batch % self.accumulate:
+            raise UsageError(
+                f"a batch of {self.batch} does not divide into {self.accumulate} parts; make it a multiple."
+            )
         if self.rollbacks < 0 or self.skip_window < 1:
             raise UsageError(
                 f"rollbacks is {self.rollbacks} and skip_window is {self.skip_window}; they are 0 or more, 1 or more."
@@ -150,8 +167,12 @@ class EncodeConfig:
     """Images to latents, with an autoencoder that is there or trained first."""
 
     data: DataConfig = field(default_factory=lambda: DataConfig(size=64))
+    names: str = ""
+    """Other names for the classes, by number: imagenet (its folder names, which groups need) or a text file, one a
+    line."""
     autoencoder: str = ""
-    """Directory of a trained autoencoder; empty to train one on these images."""
+    """The autoencoder: a directory of ours, a diffusers folder (AutoencoderKL, or a pipeline with one) or a name on
+    the hub such as stabilityai/sd-vae-ft-ema; empty to train a small one on these images."""
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     """Shape of the autoencoder to train."""
     steps: int = 1500
@@ -164,11 +185,19 @@ class EncodeConfig:
     """Arithmetic of its training; encoding is fp32."""
     seed: int = 0
     """Seed of the weights, the order and the noise."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Numbers in the files; float16 halves them."""
+    per_shard: int = 512
+    """Images of a file; an interruption costs the files that were being made."""
+    workers: int = 0
+    """Processes that read and encode; the result does not depend on it. 0: one a core, or four on a GPU."""
     device: str = "auto"
     """auto (a GPU when there is one), cpu, cuda, cuda:1."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch"):
+        if self.workers < 0:
+            raise UsageError(f"workers is {self.workers}; it must be 0 or more.")
+        for name in ("steps", "batch", "per_shard"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1.")
 

@@ -15,21 +15,37 @@ __all__ = ["ImageSet", "SampleSet", "open_images", "open_prepared", "open_sample
 
 
 def open_samples(config: DataConfig) -> SampleSet:
-    """Images as `open_images` opens them, or the latents of a directory made by `kindiff encode`."""
-    from kindiff.data.latents import LATENTS, LatentSet
+    """Images as `open_images` opens them, or the latents of a directory made by `kindiff encode`.
+
+    UsageError when they are not of config.latent_shape, where that is given.
+    """
+    from kindiff.data.latents import LatentSet, is_latents
 
     if config.groups:
         from kindiff.data.merged import open_merged
 
         return open_merged(config, open_samples)  # type: ignore[type-var]
     path = Path(config.source).expanduser()
-    if not (path / LATENTS).is_file():
+    if not is_latents(path):
+        if config.latent_shape and not path.exists():
+            raise FileNotFoundError(f"latents {path} do not exist; make them with `kindiff encode`.")
+        if config.latent_shape:
+            raise UsageError(
+                f"{config.source} holds images and latent_shape asks for latents; encode them first (`kindiff encode`)."
+            )
         return open_images(config)
     if config.first:
         raise UsageError(
             f"first is {config.first}, but latents are taken from the start; encode the images apart."
         )
-    return LatentSet.open(path).select(config.classes, per_class=config.per_class)
+    latents = LatentSet.open(path)
+    shape = (latents.channels, latents.size)
+    if config.latent_shape not in ((), shape):
+        raise UsageError(
+            f"{path} holds latents of {shape[0]} channels and side {shape[1]} and latent_shape is "
+            f"{config.latent_shape}; encode with the autoencoder and at the size that the recipe is for."
+        )
+    return latents.select(config.classes, per_class=config.per_class)
 
 
 def open_images(config: DataConfig) -> ImageSet:
@@ -38,6 +54,9 @@ def open_images(config: DataConfig) -> ImageSet:
     Raises UsageError for what cannot be had (an unknown class, another size than a prepared set has, a folder
     of the wrong layout), FileNotFoundError for a missing folder, BadFileError for a damaged file.
     """
+    from kindiff.data.hub import is_hub, open_hub_images
+    from kindiff.data.latents import is_latents
+
     if config.groups:
         from kindiff.data.merged import open_merged
 
@@ -50,6 +69,12 @@ def open_images(config: DataConfig) -> ImageSet:
             group, size=config.size, classes=config.classes, per_class=config.per_class, first=config.first
         )
     path = Path(config.source).expanduser()
+    if is_latents(path):
+        raise UsageError(
+            f"{path} holds latents and images are wanted here; give the images that they were made of."
+        )
+    if is_hub(config.source):
+        return open_hub_images(config)
     if (path / MANIFEST).is_file():
         images = open_prepared(path)
         if images.size != config.size:

@@ -70,13 +70,26 @@ def make_batch(
     )
     on_B = np.where(ids_B == null_id, null_id, drawn) if drawn else ids_B
     gate_ids_B = drop_labels(on_B, gate_B, probability=objective.gate_dropout, null_id=null_id)
-    x_BCHW = samples.fetch(index_B, (flip_B < 0.5) & flip)
     return Batch(
-        x_BCHW=torch.from_numpy(x_BCHW),
+        x_BCHW=torch.from_numpy(_drawn(samples, index_B, (flip_B < 0.5) & flip, seed, first_position)),
         ids_B=torch.from_numpy(ids_B),
         gate_ids_B=torch.from_numpy(gate_ids_B),
         noise_BCHW=torch.from_numpy(np.stack(noises)),
         u_B=torch.from_numpy(u_B.copy()),
+    )
+
+
+def _drawn(
+    samples: SampleSet, index_B: np.ndarray, flip_B: np.ndarray, seed: int, first_position: int
+) -> np.ndarray:
+    """Images as they are; latents drawn from their distributions: mean + deviation * noise of the position."""
+    x_BCHW = samples.fetch(index_B, flip_B)
+    deviation_BCHW = samples.deviations(index_B, flip_B)
+    if deviation_BCHW is None:
+        return x_BCHW
+    streams = [stream(seed, Purpose.LATENT, first_position + i) for i in range(len(index_B))]
+    return x_BCHW + deviation_BCHW * np.stack(
+        [s.standard_normal(x_BCHW.shape[1:], dtype=np.float32) for s in streams]
     )
 
 

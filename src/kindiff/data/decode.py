@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -46,7 +46,7 @@ def _checked(path: Path, size: int) -> tuple[str, str]:
         return "", str(error)
 
 
-def decode(path: Path, size: int) -> np.ndarray:
+def decode(path: Path | BinaryIO, size: int) -> np.ndarray:
     """The picture (H, W, 3) uint8 with H = W = size: upright, RGB over white, shorter side scaled to `size`
     (antialiased), centre kept. Raises UnreadableError."""
     from PIL import Image, ImageOps
@@ -60,7 +60,7 @@ def decode(path: Path, size: int) -> np.ndarray:
     return np.asarray(square)
 
 
-def _load(path: Path, size: int) -> Image.Image:
+def _load(path: Path | BinaryIO, size: int) -> Image.Image:
     from PIL import Image, ImageOps
 
     try:

@@ -38,9 +38,21 @@ def open_folder(folder: Path, *, size: int, classes: Iterable[str] = (), strict:
     a missing folder, UsageError for a folder without classes, an unknown class, or a class without a readable
     image.
     """
-    folder = folder.absolute()
     if not 1 <= size <= MAX_SIDE:
         raise UsageError(f"size is {size}; it must be 1 to {MAX_SIDE} pixels.")
+    folder = folder.absolute()
+    files = list_folder(folder, classes)
+    target = _directory(folder, size, files)
+    made = made_once(target, lambda path: _decode_set(path, folder, size, files, strict))
+    images = open_prepared(made)
+    if images.skipped and strict:
+        raise _strict_error(folder, images.skipped[0])
+    return images
+
+
+def list_folder(folder: Path, classes: Iterable[str] = ()) -> dict[str, list[tuple[str, int, int]]]:
+    """Class -> (path below the class folder, bytes, time of change in ns) of its files, without those that
+    quarantine.json lists. Raises as open_folder does, before anything is decoded."""
     found = ClassSet(_class_folders(folder))
     names = tuple(classes) or found.names
     found.ids(names)
@@ -52,12 +64,7 @@ def open_folder(folder: Path, *, size: int, classes: Iterable[str] = (), strict:
             raise UsageError(f"class folder {folder / name} has no images; add some or remove the folder.")
         files[name] = [facts for facts in present if f"{name}/{facts[0]}" not in left_out]
         _require(len(files[name]), folder / name)
-    target = _directory(folder, size, files)
-    made = made_once(target, lambda path: _decode_set(path, folder, size, files, strict))
-    images = open_prepared(made)
-    if images.skipped and strict:
-        raise _strict_error(folder, images.skipped[0])
-    return images
+    return files
 
 
 def check_folder(

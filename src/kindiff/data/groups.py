@@ -7,6 +7,7 @@ of groups is left.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -177,6 +178,7 @@ def deal(groups: Iterable[Group], *, base: int, tasks: Sequence[int] = (), seed:
     return Grouping(groups, named)
 
 
+@functools.cache
 def imagenet_grouping() -> Grouping:
     """ImageNet-1K as 611 groups: 150 base and 461 novel, and tasks of 5 to 100 of the novel ones."""
     from kindiff.data.hierarchy import imagenet

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from kindiff.classes import nearest
+from kindiff.classes import ClassSet, nearest
 from kindiff.errors import BadFileError, UsageError
 
 MAX_BYTES = 32 * 2**20
@@ -148,6 +148,18 @@ def imagenet() -> Hierarchy:
     """The 1000 classes of ImageNet-1K and all their hypernyms in WordNet 3.0; node ids are the folder names."""
     content = (resources.files("kindiff.data") / "imagenet_wordnet.tsv").read_bytes()
     return _parse(content, "imagenet_wordnet.tsv")
+
+
+def read_names(source: str) -> ClassSet:
+    """Class names by number: `imagenet` (the folder names of ImageNet-1K) or a text file, one a line."""
+    if source == IMAGENET:
+        return ClassSet(imagenet().classes)
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"names {path} do not exist; give a text file, one class a line, or imagenet."
+        )
+    return ClassSet(tuple(line.strip() for line in path.read_text().splitlines() if line.strip()))
 
 
 def hierarchy_of(groups: Mapping[str, tuple[str, ...]], *, root: str) -> Hierarchy:

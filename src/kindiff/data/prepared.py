@@ -18,6 +18,7 @@ import numpy as np
 from kindiff.classes import ClassSet
 from kindiff.data.manifest import MANIFEST, Manifest, Skipped, content_hash
 from kindiff.errors import BadFileError, UsageError
+from kindiff.headers import sha256
 
 IMAGES = "images.npy"
 
@@ -61,17 +62,18 @@ class ImageSet:
         return len(self.rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_stored"}
+        return {key: value for key, value in self.__dict__.items() if key != "stored"}
 
     @functools.cached_property
-    def _stored(self) -> np.ndarray:
+    def stored(self) -> np.ndarray:
+        """The whole prepared set, mapped into memory; `rows` are the images of this selection."""
         return np.load(self.path / IMAGES, mmap_mode="r", allow_pickle=False)
 
     @property
     def images(self) -> np.ndarray:
         """(N, H, W, 3) uint8: the memory map itself when everything is selected, else a copy of the rows."""
-        whole = len(self.rows) == len(self._stored) and np.array_equal(self.rows, np.arange(len(self.rows)))
-        return self._stored if whole else self._stored[self.rows]
+        whole = len(self.rows) == len(self.stored) and np.array_equal(self.rows, np.arange(len(self.rows)))
+        return self.stored if whole else self.stored[self.rows]
 
     def counts(self) -> list[int]:
         """Images of each class."""
@@ -79,11 +81,13 @@ class ImageSet:
 
     def fetch(self, indices: np.ndarray, flips: np.ndarray) -> np.ndarray:
         """Images (B, 3, H, W) float32 in [-1, 1] at `indices` (B,), mirrored where `flips` (B,) is true."""
-        x_BHWC = self._stored[self.rows[indices]]
+        x_BHWC = self.stored[self.rows[indices]]
         flips = np.asarray(flips, dtype=bool)
         x_BHWC[flips] = x_BHWC[flips, :, ::-1]
-        x_BCHW = np.ascontiguousarray(x_BHWC.transpose(0, 3, 1, 2), dtype=np.float32)
-        return x_BCHW / np.float32(127.5) - np.float32(1)
+        return as_input(x_BHWC)
+
+    def deviations(self, indices: np.ndarray, flips: np.ndarray) -> None:
+        return None
 
     def select(self, classes: Iterable[str] = (), *, per_class: int = 0, first: int = 0) -> ImageSet:
         """Some of the images: these classes in this order (empty: all), of each the images
@@ -106,13 +110,19 @@ class ImageSet:
             labels.append(np.full(len(chosen), new_id, dtype=np.int64))
             rows.append(chosen)
             all_of_it = len(chosen) == len(of_class)
-            hashes.append(self.class_sha256[old_id] if all_of_it else _hash_rows(self._stored, chosen))
+            hashes.append(self.class_sha256[old_id] if all_of_it else _hash_rows(self.stored, chosen))
         counts = [len(r) for r in rows]
         return ImageSet(
             path=self.path, classes=ClassSet(names), labels=np.concatenate(labels), rows=np.concatenate(rows),
             size=self.size, sha256=content_hash(self.size, names, counts, hashes), class_sha256=tuple(hashes),
             skipped=self.skipped,
         )  # fmt: skip
+
+
+def as_input(x_BHWC: np.ndarray) -> np.ndarray:
+    """uint8 images (B, H, W, 3) as models take them: (B, 3, H, W) float32 in [-1, 1]."""
+    x_BCHW = np.ascontiguousarray(x_BHWC.transpose(0, 3, 1, 2), dtype=np.float32)
+    return x_BCHW / np.float32(127.5) - np.float32(1)
 
 
 def write_prepared(
@@ -158,7 +168,7 @@ def write_prepared(
         digests = [h.hexdigest() for h in hashes]
         manifest = Manifest(
             size=size, classes=ClassSet(tuple(names)), counts=tuple(counts), class_sha256=tuple(digests),
-            images_sha256=_hash_file(temporary / IMAGES), images_bytes=(temporary / IMAGES).stat().st_size,
+            images_sha256=sha256(temporary / IMAGES), images_bytes=(temporary / IMAGES).stat().st_size,
             sha256=content_hash(size, names, counts, digests), source=source, skipped=tuple(skipped),
         )  # fmt: skip
         write_json(temporary / MANIFEST, manifest.to_json())
@@ -192,7 +202,7 @@ def open_prepared(path: Path, *, verify: bool = True) -> ImageSet:
         raise BadFileError(
             f"{file} holds {stored.dtype} {stored.shape}, not uint8 {shape} as its manifest says."
         )
-    if verify and _hash_once(file, stat.st_size, stat.st_mtime_ns, stat.st_ino) != manifest.images_sha256:
+    if verify and hash_once(file, stat.st_size, stat.st_mtime_ns, stat.st_ino) != manifest.images_sha256:
         raise BadFileError(
             f"{file} has another SHA-256 than its manifest says; it is damaged. Delete {path} and prepare "
             "the set again."
@@ -211,14 +221,10 @@ def _write_header(file: Any, count: int, size: int) -> int:
     return file.tell()
 
 
-def _hash_file(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-@functools.lru_cache(maxsize=256)
-def _hash_once(file: Path, _bytes: int, _mtime_ns: int, _inode: int) -> str:
-    return _hash_file(file)
+@functools.lru_cache(maxsize=65536)
+def hash_once(file: Path, _bytes: int, _mtime_ns: int, _inode: int) -> str:
+    """SHA-256 of a file, read once per process as long as its length, time of change and inode are the same."""
+    return sha256(file)
 
 
 def _hash_rows(stored: np.ndarray, rows: np.ndarray) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from kindiff.classes import ClassSet
 
 if TYPE_CHECKING:
-    from kindiff.models.autoencoder import Autoencoder
+    from kindiff.models.codec import Codec
 
 
 class SampleSet(Protocol):
@@ -42,10 +42,16 @@ class SampleSet(Protocol):
     def autoencoder_hash(self) -> str:
         """SHA-256 of the autoencoder whose latents these are; empty for images."""
 
-    def autoencoder(self) -> Autoencoder | None:
+    def autoencoder(self) -> Codec | None:
         """That autoencoder; None for images."""
 
     def __len__(self) -> int: ...
 
     def fetch(self, indices: np.ndarray, flips: np.ndarray) -> np.ndarray:
-        """Samples (B, C, H, W) float32 at `indices` (B,), mirrored left-right where `flips` (B,) is true."""
+        """Samples (B, C, H, W) float32 at `indices` (B,), mirrored left-right where `flips` (B,) is true.
+
+        Of latents, the means.
+        """
+
+    def deviations(self, indices: np.ndarray, flips: np.ndarray) -> np.ndarray | None:
+        """Standard deviations (B, C, H, W) float32 of the same latents; None for images, which have none."""

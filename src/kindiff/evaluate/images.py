@@ -79,6 +79,8 @@ class ArrayImages:
     """What the pixels went through."""
     class_order: bool = True
     """Whether images of a class stand together."""
+    rows: np.ndarray | None = None
+    """(N,) places in the array of the images; None for all of it."""
 
     def __post_init__(self) -> None:
         if self.array.ndim != 4 or self.array.shape[-1] != 3 or self.array.dtype != np.uint8:
@@ -86,7 +88,7 @@ class ArrayImages:
                 f"{self.name} has {self.array.dtype} images of shape {self.array.shape}; expected: uint8 "
                 "(N, H, W, 3), RGB."
             )
-        if len(self.array) == 0:
+        if len(self) == 0:
             raise UsageError(f"{self.name} has no images.")
 
     @property
@@ -94,10 +96,10 @@ class ArrayImages:
         return self.array.shape[1], self.array.shape[2]
 
     def __len__(self) -> int:
-        return len(self.array)
+        return len(self.array if self.rows is None else self.rows)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        return self.array[start:stop]
+        return self.array[start:stop] if self.rows is None else self.array[self.rows[start:stop]]
 
 
 class FolderImages:

@@ -21,10 +21,11 @@ PER_CLASS = 50
 
 
 def from_set(images: ImageSet, name: str) -> ArrayImages:
-    """A labelled set as images to evaluate, or to make a reference of."""
+    """A labelled set as images to evaluate, or to make a reference of; they are read as they are needed."""
     return ArrayImages(
-        name=name, array=images.images, sha256=images.sha256, labels=images.labels, classes=images.classes
-    )
+        name=name, array=images.stored, rows=images.rows, sha256=images.sha256, labels=images.labels,
+        classes=images.classes,
+    )  # fmt: skip
 
 
 def open_samples(
@@ -64,17 +65,19 @@ def open_reference(
     size: tuple[int, ...],
     classes: tuple[str, ...] = (),
     per_class: int = 0,
+    groups: str = "",
+    split: str = "",
     batch: int = 64,
     progress: Progress = no_progress,
 ) -> Reference:
     """A reference: avatars:base|novel|all, a prepared set, a folder, an .npz file or a stored reference.
 
     Images of a folder with class sub-folders are scaled and centre-cropped to size, as for training; those of
-    a flat folder are taken as they are. folder: where built references are kept. classes, per_class: only
-    these classes, only so many images of each.
+    a flat folder are taken as they are. folder: where built references are kept. classes, per_class, groups, split:
+    as in DataConfig.
     """
     path = Path(source).expanduser()
-    picks = bool(classes or per_class)
+    picks = bool(classes or per_class or groups)
     if path.suffix == ".npz" or (path / "reference.json").is_file():
         if picks:
             raise UsageError(f"{source} is whole; classes or images cannot be picked from it.")
@@ -96,6 +99,8 @@ def open_reference(
                 f"samples are {size[1]} x {size[0]} pixels; {source} gives square references only: use a flat "
                 "folder of images of the samples' size."
             )
-        config = DataConfig(source=source, size=size[0], classes=classes, per_class=per_class)
+        config = DataConfig(
+            source=source, size=size[0], classes=classes, per_class=per_class, groups=groups, split=split
+        )
         images = from_set(open_images(config), source)
     return references.build(images, features, folder, batch=batch, progress=progress)

@@ -19,6 +19,7 @@ from kindiff.errors import UsageError
 from kindiff.evaluate.features import Features, extract
 from kindiff.evaluate.images import Images
 from kindiff.evaluate.moments import Moments, MomentsBuilder
+from kindiff.parallel import ALONE, Ranks
 
 SHARD = 512
 """Images a shard: what an interruption can cost."""
@@ -90,11 +91,18 @@ def digest(value: object) -> str:
 
 
 def compute(
-    images: Images, features: Features, folder: Path, *, batch: int = 64, progress: Progress = no_progress
+    images: Images,
+    features: Features,
+    folder: Path,
+    *,
+    batch: int = 64,
+    progress: Progress = no_progress,
+    ranks: Ranks = ALONE,
 ) -> FeatureSet:
     """Features of all images, in shards under folder; shards that are there already are not computed again.
 
-    batch: images at once; the shards do not depend on it beyond float32 rounding (docs/numerics.md). Raises
+    batch: images at once; the shards do not depend on it beyond float32 rounding (docs/numerics.md). Of several
+    ranks each computes a shard in turn. Raises
     UsageError when the folder holds features of other images or of another network.
     """
     whose = identity(images, features)
@@ -107,12 +115,14 @@ def compute(
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(record, whose)
-    total, shards = len(images), []
-    starts = range(0, total, SHARD)
-    done = sum(min(SHARD, total - start) for start in starts if _shard(folder, start).exists())
+    count, starts = len(images), range(0, len(images), SHARD)
+    shards = [_shard(folder, start) for start in starts]
+    mine = starts[ranks.rank :: ranks.count]
+    total = sum(min(SHARD, count - start) for start in mine)
+    done = sum(min(SHARD, count - start) for start in mine if _shard(folder, start).exists())
     progress(done, total)
-    for start in starts:
-        stop = min(start + SHARD, total)
+    for start in mine:
+        stop = min(start + SHARD, count)
         path = _shard(folder, start)
         if not path.exists():
             parts = []
@@ -124,10 +134,10 @@ def compute(
             write_file(
                 path, save({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
             )
-        shards.append(path)
+    ranks.wait()
     with open_tensors(shards[0]) as file:
         dims = tuple((name, file.get_slice(name).get_shape()[1]) for name in sorted(file.keys()))
-    return FeatureSet(tuple(shards), total, dims)
+    return FeatureSet(tuple(shards), count, dims)
 
 
 def _shard(folder: Path, start: int) -> Path:

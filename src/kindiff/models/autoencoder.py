@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kindiff import checkpoint
 from kindiff.config import AutoencoderConfig, from_dict, to_dict
 from kindiff.errors import BadFileError, UsageError
+from kindiff.models.codec import Codec
 
 FACTOR = 4
 
@@ -32,15 +33,9 @@ class Residual(nn.Module):
         return x + self.layers(x)
 
 
-class Autoencoder(nn.Module):
-    """encode: images to the mean and log-variance of latents; decode: latents to images.
-
-    Latents are normalised to zero mean and unit variance a channel by `shift_C` and `scale_C`, measured on the
-    training images.
-    """
-
-    shift_C: Tensor
-    scale_C: Tensor
+class Autoencoder(Codec):
+    """The small autoencoder. Latents are normalised to zero mean and unit variance a channel by `shift_C` and
+    `scale_C`, measured on the training images."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -59,16 +54,16 @@ class Autoencoder(nn.Module):
         self.register_buffer("shift_C", torch.zeros(config.channels))
         self.register_buffer("scale_C", torch.ones(config.channels))
 
+    @property
+    def factor(self) -> int:
+        return FACTOR
+
     def encode(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Images in [-1, 1] to (mean, log-variance) of normalised latents, each (B, C, h, w)."""
         mean, log_variance = self.encoder(x_BCHW).chunk(2, dim=1)
-        scale = self.scale_C.view(1, -1, 1, 1)
-        mean = (mean - self.shift_C.view(1, -1, 1, 1)) * scale
-        return mean, log_variance.clamp(-20, 10) + 2 * scale.log()
+        return self.normalise(mean, log_variance.clamp(-20, 10))
 
     def decode(self, z_BChw: Tensor) -> Tensor:
-        """Normalised latents to images (B, 3, H, W)."""
-        return self.decoder(z_BChw / self.scale_C.view(1, -1, 1, 1) + self.shift_C.view(1, -1, 1, 1))
+        return self.decoder(self.denormalise(z_BChw))
 
     def loss(self, x_BCHW: Tensor, noise_BChw: Tensor, *, kl_weight: float = 1e-4) -> Tensor:
         """Absolute error, that of the horizontal and vertical differences (edges), and a little KL."""
@@ -82,16 +77,10 @@ class Autoencoder(nn.Module):
         return error + 0.5 * edges + kl_weight * kl
 
     def fingerprint(self) -> str:
-        """SHA-256 of its configuration and weights: a latent model records it."""
         return checkpoint.hash_tensors(self.state_dict())
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json and model.safetensors; the directory appears whole or not at all."""
-        with checkpoint.new_directory(Path(directory)) as folder:
-            self.write_files(folder)
-
     def write_files(self, folder: Path) -> None:
-        """Its two files, into a folder that exists."""
+        """config.json and model.safetensors."""
         description = {"format": checkpoint.FORMAT, "kind": "autoencoder", "model": to_dict(self.config)}
         checkpoint.write_json(folder / "config.json", description)
         checkpoint.write_tensors(folder / "model.safetensors", self.state_dict())

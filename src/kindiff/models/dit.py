@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from kindiff import checkpoint
 from kindiff.classes import ClassSet, numbered
@@ -58,10 +59,10 @@ class DiT(nn.Module):
                 f"the config says {config.num_classes} classes but {len(self.classes)} are named; make them equal."
             )
         self.gate = gate
+        self.recompute = False  # in training: blocks compute their activations again instead of keeping them
         self.patch_embed = nn.Linear(config.channels * config.patch**2, config.width)
-        self.register_buffer(
-            "positions_TD", position_table(config.width, config.input_size // config.patch), persistent=False
-        )
+        self.register_buffer("positions_TD", torch.empty(0), persistent=False)
+        self.set_positions_()
         self.time_embed = nn.Sequential(
             nn.Linear(FREQUENCIES, config.width), nn.SiLU(), nn.Linear(config.width, config.width)
         )
@@ -85,10 +86,17 @@ class DiT(nn.Module):
             gating = self.gate(ids_B if gate_ids_B is None else gate_ids_B, e_BD)
         c_BD = F.silu(c_BD)
         for block in self.blocks:
-            x_BTD = block(x_BTD, c_BD, gating)
+            if self.recompute and torch.is_grad_enabled():
+                x_BTD = recomputed(block, x_BTD, c_BD, gating, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, c_BD, gating)
         return unpatchify(
             self.final(x_BTD, c_BD).to(x_BCHW.dtype), self.config.patch, self.config.out_channels
         )
+
+    def set_positions_(self) -> None:
+        """Make the table of positions, which no file holds: for a model that was built without memory."""
+        self.positions_TD = position_table(self.config.width, self.config.input_size // self.config.patch)
 
     def named_matrices(self) -> list[tuple[str, nn.Module]]:
         """The six matrices of every block with their full names, in order."""
@@ -143,7 +151,7 @@ class DiT(nn.Module):
         checkpoint.check_tensors(folder / "model.safetensors", tensors, model.state_dict())
         checkpoint.check_hash(folder / "model.safetensors", tensors, description.get("weights"))
         model.load_state_dict(tensors, assign=True)
-        model.positions_TD = position_table(config.width, config.input_size // config.patch)
+        model.set_positions_()
         return model.requires_grad_(True)
 
 

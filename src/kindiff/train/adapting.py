@@ -12,6 +12,7 @@ from kindiff.data import open_samples
 from kindiff.data.sets import SampleSet
 from kindiff.errors import UsageError
 from kindiff.models.dit import DiT
+from kindiff.parallel import joined
 from kindiff.pipeline import DiTPipeline
 from kindiff.progress import say
 from kindiff.rivals import LEARNGENE, densified, load_learngene, merged, save_adapter, start
@@ -19,6 +20,7 @@ from kindiff.rivals.learngenes import BANKS
 from kindiff.train.loop import fit
 from kindiff.train.preparing import choose_blocks, part_of, sigma_first
 from kindiff.train.run import Run, is_finished
+from kindiff.train.transferring import check_fit
 
 LABEL_DROPOUT = 0.1
 """Rivals change the network that guidance's null pass runs through, so that pass is trained, as in pre-training."""
@@ -33,40 +35,53 @@ def adapt(
     where they are open already; None to open config.data. Raises UsageError when the images do not fit the base,
     the rival cannot stand on it, or `out` holds a run with other settings.
     """
-    samples = open_samples(config.data) if samples is None else samples
-    base = DiT.from_pretrained(base_directory)
-    _check_fit(base, samples)
-    description = {
-        "command": "adapt",
-        "config": to_dict(config),
-        "data": samples.sha256,
-        "base": checkpoint.hash_tensors(base.state_dict()),
-    }
-    # The model before the run's directory: a request that cannot be met leaves nothing behind.
-    rival, loop, seed = config.rival, config.train, config.train.seed
-    model = learngene = None
-    if not is_finished(out):
-        model = start(base, samples.classes, _with_blocks(rival), seed=seed)
-        if rival.method in BANKS:
-            learngene = _learngene_of(base, base_directory, rival.method)
-    run = Run(Path(out), description)
-    if model is None:
-        say(f"{run.folder} is finished already")
-        return DiTPipeline.from_pretrained(run.model)
+    with joined() as ranks:
+        if samples is None:
+            samples = ranks.in_turn(lambda: open_samples(config.data))
+        base = DiT.from_pretrained(base_directory)
+        check_fit(base.config, samples, what="base was")
+        description = {
+            "command": "adapt",
+            "config": to_dict(config),
+            "data": samples.sha256,
+            "base": checkpoint.hash_tensors(base.state_dict()),
+        }
+        # The model before the run's directory: a request that cannot be met leaves nothing behind.
+        model = learngene = None
+        if not is_finished(out):
+            model = start(base, samples.classes, _with_blocks(config.rival), seed=config.train.seed)
+            if config.rival.method in BANKS:
+                learngene = _learngene_of(base, base_directory, config.rival.method)
+        with Run(Path(out), description, ranks) as run:
+            if model is None:
+                say(f"{run.folder} is finished already")
+                return DiTPipeline.from_pretrained(run.model)
+            trained, rival = _train(base, model, learngene, samples, config, run)
+
+            def write() -> None:
+                save_adapter(trained, base, rival, run.folder / "adapter", seed=config.train.seed)
+                autoencoder = load_autoencoder(base_directory)
+                DiTPipeline(merged(trained, rival), autoencoder).save_pretrained(run.model)
+
+            ranks.on_first(write)
+            return DiTPipeline.from_pretrained(run.model)
+
+
+def _train(
+    base: DiT, model: DiT, learngene: DiT | None, samples: SampleSet, config: AdaptConfig, run: Run
+) -> tuple[DiT, RivalConfig]:
+    """The trained model, and the rival with the blocks that Auto-LG chose."""
+    rival, loop, flip = config.rival, config.train, config.data.flip
     objective = ObjectiveConfig(kind=base.config.objective, label_dropout=LABEL_DROPOUT, gate_dropout=0.0)
-    flip = config.data.flip
     if _with_blocks(rival) != rival:
         blocks = choose_blocks(base, samples, objective, loop, run, count=rival.inherit, flip=flip)
         say(f"inheriting the blocks {', '.join(map(str, blocks))}")
         rival = dataclasses.replace(rival, blocks=blocks)
-        model = start(base, samples.classes, rival, seed=seed)
+        model = start(base, samples.classes, rival, seed=loop.seed)
     first = min(round(loop.steps * rival.sigma_share), loop.steps - 1) if rival.method == "fine" else 0
     if learngene is not None and first:
         model = sigma_first(learngene, samples, objective, part_of(loop, first), run, flip)
-    trained = fit(model, samples, objective, part_of(loop, loop.steps - first), run, flip)
-    save_adapter(trained, base, rival, run.folder / "adapter", seed=seed)
-    DiTPipeline(merged(trained, rival), load_autoencoder(base_directory)).save_pretrained(run.model)
-    return DiTPipeline.from_pretrained(run.model)
+    return fit(model, samples, objective, part_of(loop, loop.steps - first), run, flip), rival
 
 
 def _with_blocks(rival: RivalConfig) -> RivalConfig:
@@ -87,19 +102,3 @@ def _learngene_of(base: DiT, base_directory: str | Path, method: str) -> DiT:
             f"{base_directory} is not the model that the learngene {folder} makes; give that one."
         )
     return learngene
-
-
-def trainable(model: DiT) -> int:
-    """How many numbers of a model train."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def _check_fit(base: DiT, samples: SampleSet) -> None:
-    wanted = (base.config.input_size, base.config.channels, base.config.autoencoder)
-    if (samples.size, samples.channels, samples.autoencoder_hash) != wanted:
-        raise UsageError(
-            f"the images are {samples.size} x {samples.size} with {samples.channels} channels, the base was "
-            f"trained on {wanted[0]} x {wanted[0]} with {wanted[1]}"
-            + (" (and another autoencoder)" if samples.autoencoder_hash != wanted[2] else "")
-            + "; set data.size, or use latents of the same autoencoder."
-        )

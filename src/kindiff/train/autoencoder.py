@@ -1,4 +1,4 @@
-"""Training the small autoencoder, and turning images into latents with it.
+"""Training the small autoencoder.
 
 B batch, C latent channels, h/w latent side.
 """
@@ -6,52 +6,27 @@ B batch, C latent channels, h/w latent side.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kindiff.config import EncodeConfig
-from kindiff.data import open_images
-from kindiff.data.latents import LatentSet, write_latents
 from kindiff.data.sets import SampleSet
 from kindiff.errors import UsageError
 from kindiff.models.autoencoder import FACTOR, Autoencoder
-from kindiff.progress import Track, say
+from kindiff.progress import Track
 from kindiff.randomness import Purpose, stream
 from kindiff.runtime import device_of
 
 
-def encode(config: EncodeConfig, out: str | Path) -> LatentSet:
-    """Write the latents of a set of images to `out`, a directory that `pretrain` takes as data.source.
-
-    Trains an autoencoder first unless one is given; a copy of it goes along with the latents. An `out` that is
-    there already is kept. UsageError when the images do not fit the autoencoder.
-    """
-    out = Path(out)
-    if (out / "manifest.json").is_file():
-        say(f"{out} is there already")
-        return LatentSet.open(out)
-    samples = open_images(config.data)
+def train_autoencoder(samples: SampleSet, config: EncodeConfig) -> Autoencoder:
+    """An autoencoder of these images, its latents normalised to unit variance a channel. UsageError when the
+    images do not fit it."""
     if samples.channels != 3 or samples.size % FACTOR:
         raise UsageError(
             f"images of side {samples.size} cannot be encoded; the side must be a multiple of {FACTOR}."
         )
-    trained = out.with_name(out.name + ".autoencoder")
-    if config.autoencoder:
-        autoencoder = Autoencoder.from_pretrained(config.autoencoder)
-    elif (trained / "config.json").is_file():
-        autoencoder = Autoencoder.from_pretrained(trained)
-    else:
-        autoencoder = train_autoencoder(samples, config)
-        autoencoder.save_pretrained(trained)
-    write_latents(out, samples, autoencoder, _means(samples, autoencoder, config))
-    return LatentSet.open(out)
-
-
-def train_autoencoder(samples: SampleSet, config: EncodeConfig) -> Autoencoder:
-    """An autoencoder of these images, its latents normalised to unit variance a channel."""
     device = device_of(config.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -91,23 +66,6 @@ def _normalised(model: Autoencoder, samples: SampleSet, config: EncodeConfig) ->
     model.shift_C = means.mean(dim=(0, 2, 3)).clone()
     model.scale_C = 1 / means.std(dim=(0, 2, 3)).clone()
     return model
-
-
-def _means(samples: SampleSet, model: Autoencoder, config: EncodeConfig) -> np.ndarray:
-    """Latent means of every image and its mirror image: (N, 2, C, h, w) float32."""
-    device = device_of(config.device)
-    model.to(device)
-    side = samples.size // FACTOR
-    latents = np.empty((len(samples), 2, model.config.channels, side, side), np.float32)
-    with torch.inference_mode(), Track("encoding", len(samples), unit="images") as track:
-        for start in range(0, len(samples), config.batch):
-            indices = np.arange(start, min(start + config.batch, len(samples)))
-            for mirrored in (0, 1):
-                x = _images(samples, indices, flip=bool(mirrored)).to(device)
-                latents[indices, mirrored] = model.encode(x)[0].cpu().numpy()
-            track.advance(len(indices))
-    model.cpu()
-    return latents
 
 
 def _images(samples: SampleSet, indices: np.ndarray, *, flip: bool) -> Tensor:

@@ -33,10 +33,9 @@ def write_capsule(
     objective: ObjectiveConfig,
     config: TrainConfig,
     flip: bool,
-) -> Path:
-    """Write a step's capsule into the run; returns its directory."""
-    target = run_folder / "capsules" / f"step-{step:08d}"
-    with checkpoint.new_directory(target, overwrite=True) as folder:
+) -> None:
+    """Write a step's capsule into the run: the whole model and the batch of all ranks."""
+    with checkpoint.new_directory(capsule_of(run_folder, step), overwrite=True) as folder:
         description = {
             "format": FORMAT,
             "kind": "capsule",
@@ -56,7 +55,11 @@ def write_capsule(
         checkpoint.write_tensors(folder / "batch.safetensors", batch._asdict())
         (folder / "model").mkdir()
         model.write_files(folder / "model")
-    return target
+
+
+def capsule_of(run_folder: Path, step: int) -> Path:
+    """The directory of a step's capsule."""
+    return run_folder / "capsules" / f"step-{step:08d}"
 
 
 def replay(folder: Path) -> dict[str, Any]:

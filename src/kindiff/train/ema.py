@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
 
 from kindiff.models.dit import DiT
+from kindiff.train.sharding import held_as, local
 
 
 class Ema:
@@ -21,17 +20,9 @@ class Ema:
     @torch.no_grad()
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.average.values()), list(self.live.values()), 1 - decay)
+        average, live = ([local(t) for t in some.values()] for some in (self.average, self.live))
+        torch._foreach_lerp_(average, live, 1 - decay)
 
     def load_(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in self.average.items():
-            tensor.copy_(tensors[name])
-
-    @torch.no_grad()
-    def model(self, model: DiT) -> DiT:
-        """A copy of the model with the averaged parameters."""
-        new = copy.deepcopy(model)
-        for name, parameter in new.named_parameters():
-            if name in self.average:
-                parameter.copy_(self.average[name])
-        return new
+            local(tensor).copy_(local(held_as(tensors[name], tensor)))

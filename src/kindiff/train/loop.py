@@ -1,11 +1,13 @@
 """The training loop.
 
-B batch. Progress is counted in images; everything random about a sample comes with its position.
+B batch. Progress is counted in images; everything random about a sample comes with its position. Of several ranks each
+has its share of a batch; losses, gradients, the classes of a step and what is decided are those of all ranks.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import threading
 import time
@@ -14,18 +16,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kindiff.config import ObjectiveConfig, TrainConfig
 from kindiff.data.batches import Batch, batches, make_batch
 from kindiff.data.sets import SampleSet
-from kindiff.diffusion import loss_of
+from kindiff.diffusion import Loss, loss_of
+from kindiff.errors import UsageError
 from kindiff.models.dit import DiT
 from kindiff.progress import Track, say
 from kindiff.runtime import device_of
-from kindiff.train.capsule import write_capsule
+from kindiff.train.capsule import capsule_of, write_capsule
 from kindiff.train.optimiser import factor_of
 from kindiff.train.rollback import BadStepError, read_windows, roll_back
 from kindiff.train.run import Run
+from kindiff.train.sharding import unshared, whole
 from kindiff.train.state import Saver, State
 
 
@@ -54,67 +59,76 @@ def fit(
     """Train what requires gradients; returns the EMA model. Resumes from the run's newest whole checkpoint.
 
     A step whose loss or gradient is not finite is not taken: the run goes back to its newest checkpoint and leaves
-    a window of steps out, config.rollbacks times, then raises NotFinite. Raises Interrupted after SIGINT or SIGTERM.
+    a window of steps out, config.rollbacks times, then raises NotFinite. Raises Interrupted after SIGINT or SIGTERM,
+    UsageError for a batch that does not divide among run.ranks.
     """
     job = Job(samples=samples, objective=objective, config=config, flip=flip, run=run)
+    if config.batch % (config.accumulate * run.ranks.count):
+        raise UsageError(
+            f"a batch of {config.batch} does not divide among {run.ranks.count} ranks and {config.accumulate} parts; "
+            f"make it a multiple of {config.accumulate * run.ranks.count}."
+        )
     run.count(model)
     device = device_of(config.device)
     model.to(device).train()
-    state = State.fresh(model, config, device)
-    writer = _tensorboard(run) if config.tensorboard else None
-    with Saver(run) as saver, _stop_signals() as stop:
+    model.recompute = config.recompute
+    state = State.fresh(model, config, device, run.ranks)
+    writer = _tensorboard(run) if config.tensorboard and run.ranks.first else None
+    sharded = config.checkpoints == "sharded"
+    with Saver(run, sharded=sharded) as saver, _stop_signals(insistent=run.ranks.count == 1) as stop:
         while True:
             first = _resume(state, run, saver)
             try:
                 _train(job, state, saver, stop, writer, first)
                 break
             except BadStepError as bad:
-                saver.wait()
-                roll_back(run.folder, bad, config)
-    return state.ema.model(model).cpu()
+                saver.settle()
+                run.ranks.on_first(functools.partial(roll_back, run.folder, bad, config))
+    trained = state.whole_model(averaged=True).cpu()
+    trained.recompute = False
+    return trained
 
 
 def _train(job: Job, state: State, saver: Saver, stop: list[int], writer: Any, first: int) -> None:
     """Steps first .. config.steps - 1; raises BadStepError before one that must not be taken."""
     # Everything that a step needs.
-    model, optimiser, config = state.model, state.optimiser, job.config
+    model, optimiser, config, ranks = state.model, state.optimiser, job.config, job.run.ranks
     device, loss_function = state.loss_sum.device, loss_of(model.config)
+    save_every = -(-config.save_every // 2)  # the one before may still be being written
     left_out = [window.steps for window in read_windows(job.run.folder)]
     feed = batches(
         job.samples, job.objective, seed=config.seed, first_step=first, steps=config.steps - first,
-        batch=config.batch, flip=job.flip, workers=config.workers, left_out=left_out,
+        batch=config.batch, flip=job.flip, workers=config.workers, left_out=left_out, rank=ranks.rank,
+        ranks=ranks.count,
     )  # fmt: skip
     started = time.monotonic()
 
     with Track("training", config.steps * config.batch, unit="images", done=first * config.batch) as track:
         for step in range(first, config.steps):
+            saver.keep_up(step, config.save_every)
             batch = None
             if not any(step in window for window in left_out):
                 # The classes of this batch, known before it reaches the device.
                 batch = next(feed)
                 slots = model.gate.slots_on(batch.gate_ids_B) if model.gate is not None else torch.empty(0)  # type: ignore[operator]
-                ids = torch.unique(batch.ids_B)
+                slots = ranks.union(slots, optimiser.tailors.rows)
+                ids = ranks.union(torch.unique(batch.ids_B), model.classes.rows)
                 batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
 
                 # Forward and backward.
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                    per_sample = loss_function(
-                        lambda x, t, batch=batch: model(x, t, batch.ids_B, batch.gate_ids_B),  # type: ignore[misc]
-                        batch.x_BCHW, batch.noise_BCHW, batch.u_B,
-                    )  # fmt: skip
-                loss = per_sample.mean()
                 optimiser.zero_grad()
-                loss.backward()
+                loss = _loss_and_gradients(state, batch, loss_function, config)
 
-                # Check (one number: ranks would agree on it by its minimum), step, average.
-                norm = torch.nn.utils.clip_grad_norm_(optimiser.parameters, config.clip)
+                # Check (two numbers, the same on all ranks), step, average.
+                norm = whole(torch.nn.utils.clip_grad_norm_(optimiser.parameters, config.clip))
+                loss, norm = ranks.mean(torch.stack((loss, norm)))
                 if not torch.isfinite(loss + norm):
-                    found = f"the loss ({float(loss.detach())}) or the gradient's norm ({float(norm)}) is not finite"
+                    found = f"the loss ({float(loss)}) or the gradient's norm ({float(norm)}) is not finite"
                     raise _bad(job, state, batch, step, found)
                 factor = factor_of(step, config)
                 optimiser.step(factor=factor, slots=slots, ids=ids)
                 state.ema.update(step)
-                state.loss_sum, state.since = state.loss_sum + loss.detach(), state.since + 1
+                state.loss_sum, state.since = state.loss_sum + loss, state.since + 1
 
             # Log and save.
             done = step + 1
@@ -133,39 +147,66 @@ def _train(job: Job, state: State, saver: Saver, stop: list[int], writer: Any, f
                 started = time.monotonic()
                 track.note = f"loss {mean:.4f}"
             track.advance(config.batch)
-            stopping = bool(stop)
-            if done % config.save_every == 0 or done == config.steps or stopping:
-                if fault := state.fault():
+            stopping = ranks.most(stop[0] if stop else 0)
+            if done % save_every == 0 or done == config.steps or stopping:
+                if fault := ranks.word(state.fault()):
                     raise _bad(job, state, batch, step, fault)
                 saver.save(done, state.tensors(), last=done == config.steps)
             saver.check()
             if stopping and done < config.steps:
-                saver.wait()
+                saver.settle()
+                ranks.wait()
                 raise Interrupted(
-                    stop[0],
+                    stopping,
                     f"stopped at step {done} of {config.steps}, saved; to resume, run the same command again.",
                 )
-    saver.wait()
+    saver.settle()
+
+
+def _loss_and_gradients(state: State, batch: Batch, loss_function: Loss, config: TrainConfig) -> Tensor:
+    """The mean loss of a rank's batch; its gradients, the means over all ranks, are added to the parameters'."""
+    total = torch.zeros((), device=batch.u_B.device)
+    parts = [Batch(*tensors) for tensors in zip(*(t.chunk(config.accumulate) for t in batch), strict=True)]
+    for part in parts:
+        with (
+            unshared(state.module, part is not parts[-1]),
+            torch.autocast(total.device.type, torch.bfloat16, enabled=config.precision == "bf16"),
+        ):
+            per_sample = loss_function(
+                lambda x, t, part=part: state.module(x, t, part.ids_B, part.gate_ids_B),  # type: ignore[misc]
+                part.x_BCHW, part.noise_BCHW, part.u_B,
+            )  # fmt: skip
+            loss = per_sample.mean() / len(parts)
+        with unshared(state.module, part is not parts[-1]):
+            loss.backward()
+        total = total + loss.detach()
+    return total
 
 
 def _bad(job: Job, state: State, batch: Batch | None, step: int, found: str) -> BadStepError:
     """The step's capsule is written first; a step that was left out has its batch drawn for it."""
+    ranks = job.run.ranks
     if batch is None:
         batch = make_batch(
             job.samples, job.objective, seed=job.config.seed, first_position=step * job.config.batch,
             batch=job.config.batch, flip=job.flip,
         )  # fmt: skip
-    capsule = write_capsule(
-        job.run.folder, state.model, batch, step=step, found=found, objective=job.objective, config=job.config,
-        flip=job.flip,
+    else:
+        batch = Batch(*(ranks.rows(tensor) for tensor in batch))
+    model = state.whole_model(averaged=False)
+    ranks.on_first(
+        lambda: write_capsule(
+            job.run.folder, model, batch, step=step, found=found, objective=job.objective, config=job.config,
+            flip=job.flip,
+        )
     )  # fmt: skip
-    return BadStepError(step, found, capsule)
+    return BadStepError(step, found, capsule_of(job.run.folder, step))
 
 
 def _resume(state: State, run: Run, saver: Saver) -> int:
     """Take over the newest whole checkpoint, or write the first; returns the step to go on with."""
     found = run.newest()
-    step = found[0] if found else 0
+    saver.newest = step = found[0] if found else 0
     run.metrics_until(step)
     if found is not None:
         state.load_(found[1])
@@ -174,13 +215,16 @@ def _resume(state: State, run: Run, saver: Saver) -> int:
         return step
     # What a rollback before the first checkpoint goes back to; and a full disk is found before an hour of work.
     saver.save(0, state.tensors())
-    saver.wait()  # loader processes are forked from here on: not while a thread runs
+    saver.settle()  # loader processes are forked from here on: not while a thread runs
     return 0
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collects the first SIGINT or SIGTERM; a second one acts at once."""
+def _stop_signals(*, insistent: bool) -> Iterator[list[int]]:
+    """Collects the first SIGINT or SIGTERM; a second one acts at once, where it is a person's who insists.
+
+    Of several ranks each may get the person's and the launcher's.
+    """
     stop: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield stop  # signals belong to the main thread
@@ -189,7 +233,7 @@ def _stop_signals() -> Iterator[list[int]]:
     def note(signum: int, frame: Any) -> None:
         stop.append(signum)
         say("finishing the step, then saving ...")
-        for s, handler in before.items():
+        for s, handler in before.items() if insistent else ():
             signal.signal(s, handler)
 
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kindiff.config import TrainConfig
 from kindiff.models.dit import DiT
+from kindiff.train.sharding import as_rows_of, first_row, held_as, local
 
 BETAS = (0.9, 0.99)
 EPS = 1e-8
@@ -27,12 +28,13 @@ class RowAdam:
 
     def __init__(self, banks: list[nn.Parameter]) -> None:
         self.banks = banks
-        rows = len(banks[0]) if banks else 0
-        width = sum(bank[0].numel() for bank in banks)
-        like = banks[0] if banks else torch.empty(0)
-        self.mean_SP = torch.zeros(rows, width, device=like.device, dtype=like.dtype)
-        self.square_SP = torch.zeros(rows, width, device=like.device, dtype=like.dtype)
-        self.steps_S = torch.zeros(rows, device=like.device, dtype=like.dtype)
+        self.rows = len(banks[0]) if banks else 0
+        self.first = first_row(banks[0]) if banks else 0
+        width = sum(bank.shape[1:].numel() for bank in banks)
+        like = local(banks[0]) if banks else torch.empty(0)
+        self.mean_SP = torch.zeros(len(like), width, device=like.device, dtype=like.dtype)
+        self.square_SP = torch.zeros(len(like), width, device=like.device, dtype=like.dtype)
+        self.steps_S = torch.zeros(len(like), device=like.device, dtype=like.dtype)
 
     @torch.no_grad()
     def step(self, rows: Tensor, lr: float) -> None:
@@ -40,6 +42,8 @@ class RowAdam:
         if not len(rows) or not self.banks:
             return
         rows = rows.to(self.steps_S.device)
+        if len(self.steps_S) < self.rows:  # this rank's
+            rows = rows[(rows >= self.first) & (rows < self.first + len(self.steps_S))] - self.first
         gradient = torch.cat([_gradient(bank)[rows].flatten(1) for bank in self.banks], dim=1)
         self.steps_S[rows] += 1
         steps = self.steps_S[rows].unsqueeze(1)
@@ -48,12 +52,14 @@ class RowAdam:
         self.mean_SP[rows], self.square_SP[rows] = mean, square
         change = mean / (1 - BETAS[0] ** steps) / ((square / (1 - BETAS[1] ** steps)).sqrt() + EPS) * lr
         for bank, piece in zip(
-            self.banks, change.split([b[0].numel() for b in self.banks], dim=1), strict=True
+            self.banks, change.split([b.shape[1:].numel() for b in self.banks], dim=1), strict=True
         ):
-            bank[rows] = bank[rows] - piece.view(-1, *bank.shape[1:])
+            held = local(bank)
+            held[rows] = held[rows] - piece.view(-1, *bank.shape[1:])
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"mean": self.mean_SP, "square": self.square_SP, "steps": self.steps_S}
+        state = {"mean": self.mean_SP, "square": self.square_SP, "steps": self.steps_S}
+        return {key: as_rows_of(t, self.banks[0]) for key, t in state.items()} if self.banks else state
 
 
 class Optimiser:
@@ -109,13 +115,15 @@ class Optimiser:
         """Take over the state of a checkpoint, in place."""
         for kind, rows in (("tailors", self.tailors), ("classes", self.classes)):
             for key, tensor in rows.tensors().items():
-                tensor.copy_(state[f"{kind}.{key}"])
+                local(tensor).copy_(local(held_as(state[f"{kind}.{key}"], tensor)))
         if self.adamw is not None:
             keys = ("step", "exp_avg", "exp_avg_sq")
             for name, parameter in self.shared.items():
                 if f"{PREFIX}.{name}.step" in state:  # a parameter without a step so far has no moments
+                    moments = {key: state[f"{PREFIX}.{name}.{key}"] for key in keys}
                     self.adamw.state[parameter] = {
-                        key: state[f"{PREFIX}.{name}.{key}"].to(parameter.device) for key in keys
+                        key: moment.to(parameter.device) if key == "step" else held_as(moment, parameter)
+                        for key, moment in moments.items()
                     }
                 else:
                     self.adamw.state.pop(parameter, None)
@@ -129,4 +137,4 @@ def factor_of(step: int, config: TrainConfig) -> float:
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return local(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)

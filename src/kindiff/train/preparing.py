@@ -46,8 +46,8 @@ def choose_blocks(
         torch.manual_seed(config.seed)
         descendant = DiT(shape, classes=samples.classes)
     few = part_of(config, max(1, round(config.steps * DESCENDANT_SHARE)))
-    own = Run(run.folder / "pseudo-descendant", {"command": "pseudo-descendant"})
-    descendant = fit(descendant, samples, objective, few, own, flip)
+    with Run(run.folder / "pseudo-descendant", {"command": "pseudo-descendant"}, run.ranks) as own:
+        descendant = fit(descendant, samples, objective, few, own, flip)
     draws = stream(config.seed, Purpose.FOLD, 0)
     indices = draws.permutation(len(samples))[:PROBES]
     x_BCHW = torch.from_numpy(samples.fetch(indices, np.zeros(len(indices), bool)))
@@ -66,8 +66,8 @@ def sigma_first(
     model = with_tensors(shape, samples.classes, "fine", state)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name == CLASS_ROWS or name.endswith(".sigma_LR"))
-    own = Run(run.folder / "sigma", {"command": "sigma"})
-    return densified(fit(model, samples, objective, config, own, flip))
+    with Run(run.folder / "sigma", {"command": "sigma"}, run.ranks) as own:
+        return densified(fit(model, samples, objective, config, own, flip))
 
 
 def part_of(config: TrainConfig, steps: int) -> TrainConfig:

@@ -8,6 +8,7 @@ from kindiff.config import PretrainConfig, to_dict
 from kindiff.data import open_samples
 from kindiff.data.sets import SampleSet
 from kindiff.models.dit import DiT
+from kindiff.parallel import joined
 from kindiff.pipeline import DiTPipeline
 from kindiff.progress import say
 from kindiff.rivals import LEARNGENE, densified, save_learngene
@@ -34,19 +35,24 @@ def pretrain(config: PretrainConfig, out: str | Path) -> DiTPipeline:
     """Pre-train into the run directory `out`, or go on with the run that is there; returns the EMA model.
 
     The finished model is also written to out/model; of method tleg, fine or wave it is the dense model that
-    out/learngene makes. Raises UsageError when `out` holds a run with other
-    settings, and what `fit` and `open_samples` raise.
+    out/learngene makes. Raises UsageError when `out` holds a run with other settings, and what `fit` and `open_samples`
+    raise. Under torchrun its ranks train together.
     """
-    samples = open_samples(config.data)
-    model = new_model(config, samples)
-    description = {"command": "pretrain", "config": to_dict(config), "data": samples.sha256}
-    run = Run(Path(out), description | {"init": init_hash(config)})
-    if not run.finished:
-        trained = fit(model, samples, config.objective, config.train, run, config.data.flip)
-        if config.method in BANKS:
-            save_learngene(trained, config.method, run.folder / LEARNGENE)
-            trained = densified(trained)
-        DiTPipeline(trained, samples.autoencoder()).save_pretrained(run.model)
-    else:
-        say(f"{run.folder} is finished already")
-    return DiTPipeline.from_pretrained(run.model)
+    with joined() as ranks:
+        samples = ranks.in_turn(lambda: open_samples(config.data))
+        model = new_model(config, samples)
+        description = {"command": "pretrain", "config": to_dict(config), "data": samples.sha256}
+        with Run(Path(out), description | {"init": init_hash(config)}, ranks) as run:
+            if not run.finished:
+                trained = fit(model, samples, config.objective, config.train, run, config.data.flip)
+                ranks.on_first(lambda: _write(trained, samples, config, run))
+            else:
+                say(f"{run.folder} is finished already")
+            return DiTPipeline.from_pretrained(run.model)
+
+
+def _write(trained: DiT, samples: SampleSet, config: PretrainConfig, run: Run) -> None:
+    if config.method in BANKS:
+        save_learngene(trained, config.method, run.folder / LEARNGENE)
+        trained = densified(trained)
+    DiTPipeline(trained, samples.autoencoder()).save_pretrained(run.model)

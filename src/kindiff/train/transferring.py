@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from kindiff.components import Components, load_autoencoder, load_components
-from kindiff.config import ObjectiveConfig, TransferConfig, to_dict
+from kindiff.config import DiTConfig, ObjectiveConfig, TransferConfig, to_dict
 from kindiff.data import open_samples
 from kindiff.data.sets import SampleSet
 from kindiff.diffusion import loss_of
 from kindiff.errors import UsageError
 from kindiff.models.dit import DiT
+from kindiff.parallel import joined
 from kindiff.pipeline import DiTPipeline
 from kindiff.progress import Track, say
 from kindiff.randomness import Purpose, stream
@@ -29,31 +30,37 @@ def transfer(parts_directory: str | Path, config: TransferConfig, out: str | Pat
     """Teach the parts new classes, into the run directory `out` (or go on with the run that is there).
 
     The model of the new classes is returned and written to out/model; `decompose` gives its tailors. Raises
-    UsageError when the images do not fit the parts or `out` holds a run with other settings.
+    UsageError when the images do not fit the parts or `out` holds a run with other settings. Under torchrun its ranks
+    train together.
     """
-    samples = open_samples(config.data)
-    parts = load_components(parts_directory, classes=None if config.init == "nearest" else ())
-    _check_fit(parts, samples)
-    description = {
-        "command": "transfer",
-        "config": to_dict(config),
-        "data": samples.sha256,
-        "learngenes": parts.learngene_hash,
-    }
-    # The model before the run's directory: a request that cannot be met leaves nothing behind.
-    model = None if is_finished(out) else _model_to_train(parts, samples, config)
-    run = Run(Path(out), description)
-    if model is None:
-        say(f"{run.folder} is finished already")
-        return DiTPipeline.from_pretrained(run.model)
-    # Learngenes do not train here, so a sample without its tailor would teach nothing.
-    objective = ObjectiveConfig(kind=parts.config.objective, label_dropout=0.0, gate_dropout=0.0)
-    trained = fit(model, samples, objective, config.train, run, config.data.flip)
-    DiTPipeline(trained, load_autoencoder(parts_directory)).save_pretrained(run.model)
-    return DiTPipeline.from_pretrained(run.model)
+    with joined() as ranks:
+        samples = ranks.in_turn(lambda: open_samples(config.data))
+        parts = load_components(parts_directory, classes=None if config.init == "nearest" else ())
+        check_fit(parts.config, samples)
+        description = {
+            "command": "transfer",
+            "config": to_dict(config),
+            "data": samples.sha256,
+            "learngenes": parts.learngene_hash,
+        }
+        # The model before the run's directory: a request that cannot be met leaves nothing behind.
+        model = None if is_finished(out) else model_to_train(parts, samples, config)
+        with Run(Path(out), description, ranks) as run:
+            if model is None:
+                say(f"{run.folder} is finished already")
+                return DiTPipeline.from_pretrained(run.model)
+            # Learngenes do not train here, so a sample without its tailor would teach nothing.
+            objective = ObjectiveConfig(kind=parts.config.objective, label_dropout=0.0, gate_dropout=0.0)
+            trained = DiTPipeline(
+                fit(model, samples, objective, config.train, run, config.data.flip),
+                load_autoencoder(parts_directory),
+            )
+            ranks.on_first(lambda: trained.save_pretrained(run.model))
+            return DiTPipeline.from_pretrained(run.model)
 
 
-def _model_to_train(parts: Components, samples: SampleSet, config: TransferConfig) -> DiT:
+def model_to_train(parts: Components, samples: SampleSet, config: TransferConfig) -> DiT:
+    """The parts' learngenes with fresh tailors for the samples' classes, as the config asks for them."""
     nearest = nearest_classes(parts, samples, seed=config.train.seed) if config.init == "nearest" else None
     return parts.with_new_tailors(
         samples.classes.names,
@@ -97,11 +104,12 @@ def _predict(model: DiT, ids_B: torch.Tensor, x: torch.Tensor, t_B: torch.Tensor
     return model(x, t_B, ids_B)
 
 
-def _check_fit(parts: Components, samples: SampleSet) -> None:
-    wanted = (parts.config.input_size, parts.config.channels, parts.config.autoencoder)
+def check_fit(trained: DiTConfig, samples: SampleSet, *, what: str = "parts were") -> None:
+    """UsageError unless the samples are of the shape and the autoencoder that something (`what`) was trained on."""
+    wanted = (trained.input_size, trained.channels, trained.autoencoder)
     if (samples.size, samples.channels, samples.autoencoder_hash) != wanted:
         raise UsageError(
-            f"the images are {samples.size} x {samples.size} with {samples.channels} channels, the parts were "
+            f"the images are {samples.size} x {samples.size} with {samples.channels} channels, the {what} "
             f"trained on {wanted[0]} x {wanted[0]} with {wanted[1]}"
             + (" (and another autoencoder)" if samples.autoencoder_hash != wanted[2] else "")
             + "; set data.size, or use latents of the same autoencoder."
