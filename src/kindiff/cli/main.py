@@ -32,6 +32,7 @@ COMMANDS = {
     "sample": "draw images: a grid, or a folder",
     "study": "compare methods over tasks, learning rates and seeds; tables and figures of the results",
     "evaluate": "score samples against a reference: FID, sFID, IS, precision, recall, KID",
+    "report": "write one page about a run or a study: who won, tables, figures, samples, components",
     "classes": "show a class hierarchy, merge similar classes into groups, deal them out to tasks",
     "convert": "read and write released DiT files, diffusers' transformer and pipeline folders",
     "push": "write a model card from the run and upload the model to the Hugging Face hub",

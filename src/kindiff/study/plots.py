@@ -43,7 +43,7 @@ def plot(records: Sequence[Record], folder: Path) -> list[Path]:
         paths.append(folder / f"{task}.png")
         figure.savefig(paths[-1], dpi=120)
         plt.close(figure)
-    for name, lines in _by_steps(rows).items():
+    for name, lines in by_steps(rows).items():
         figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
         for own in lines:
             axis.errorbar(
@@ -68,7 +68,7 @@ def _scatter(axis: Axes, rows: Sequence[Row], x: Sequence[float], label: str) ->
     axis.set(xscale="log", yscale="log", xlabel=label)
 
 
-def _by_steps(rows: Sequence[Row]) -> dict[str, list[list[Row]]]:
+def by_steps(rows: Sequence[Row]) -> dict[str, list[list[Row]]]:
     """Lines of methods over tasks that are named NAME-STEPSs and differ in their steps: NAME -> a line a method."""
     found: dict[str, dict[str, list[Row]]] = {}
     for row in sorted(rows, key=lambda row: row.steps):
