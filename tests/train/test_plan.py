@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -150,3 +151,14 @@ def test_a_model_that_does_not_fit_the_memory_is_not_measured(shapes: Path) -> N
     small = outline(toy(shapes), expected(config.data))
     needs = memory(small, TrainConfig(), 8, CPU)
     assert needs["activations"] > memory(small, TrainConfig(), 4, CPU)["activations"]
+    deep = outline(
+        replace(toy(shapes), model=BackboneConfig(width=64, depth=8, heads=2, patch=4)), expected(config.data)
+    )
+    assert activations(deep, "fp32", 8, CPU, recompute=True) < activations(deep, "fp32", 8, CPU) / 4
+
+
+def test_a_plan_is_of_the_images_that_one_process_has_at_once(shapes: Path, monkeypatch) -> None:
+    config = replace(toy(shapes), train=TrainConfig(steps=4, batch=24, accumulate=3))
+    assert pretrain_plan(config).images == 8
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert pretrain_plan(config).images == 4

@@ -58,6 +58,7 @@ def measure(
     """Train the model for a few steps of `images` images, in place, and time them."""
     device = model.positions_TD.device
     model.train()
+    model.recompute = config.recompute
     optimiser, ema, loss_function = Optimiser(model, config), Ema(model, config.ema), loss_of(model.config)
     loading, passes, update = [], [], []
     for step in range(1 + STEPS):

@@ -28,12 +28,17 @@ def memory(model: DiT, config: TrainConfig, images: int, device: torch.device) -
         "gradients": 4 * trained,
         "optimiser": 8 * trained,
         "average": 4 * trained,
-        "activations": activations(model, config.precision, images, device),
+        "activations": activations(model, config.precision, images, device, recompute=config.recompute),
     }
 
 
-def activations(model: DiT, precision: str, images: int, device: torch.device) -> int:
-    """Bytes that the backward pass of `images` at once needs from the forward pass."""
+def activations(
+    model: DiT, precision: str, images: int, device: torch.device, *, recompute: bool = False
+) -> int:
+    """Bytes that the backward pass of `images` at once needs from the forward pass.
+
+    recompute: of every block only its input is kept, and one block's activations at a time.
+    """
     config = model.config
     per_width, per_hidden, per_component, per_gathered = KEPT[precision]
     structure = None if model.structure is None else from_dict(Structure, model.structure)
@@ -46,7 +51,8 @@ def activations(model: DiT, precision: str, images: int, device: torch.device) -
     token = per_width * config.width + per_hidden * config.hidden + per_component * components
     if precision == "bf16" and device.type == "cpu":
         token += 2 * config.heads * config.tokens  # attention in plain operations keeps its scores
-    sample = config.depth * (config.tokens * token + per_gathered * gathered)
+    block = config.tokens * token + per_gathered * gathered
+    sample = block + config.depth * config.tokens * config.width * 4 if recompute else config.depth * block
     return images * sample + _casts(model, precision, structure)
 
 

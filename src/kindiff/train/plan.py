@@ -28,6 +28,7 @@ from kindiff.data.sets import SampleSet
 from kindiff.errors import UsageError
 from kindiff.evaluate.cost import closed_macs, cost_table, total
 from kindiff.models.dit import DiT
+from kindiff.parallel import place
 from kindiff.runtime import device_of
 from kindiff.train.measuring import CPU_IMAGES, STEPS, measure
 from kindiff.train.memory import free, memory
@@ -223,6 +224,7 @@ def _plan(
     to_measure: Callable[[torch.device], DiT] | None,
 ) -> Plan:
     cost, shape, device = total(cost_table(model)), model.config, device_of(config.device)
+    images = config.batch // (place()[1] * config.accumulate)
     seen = config.steps * config.batch
     epochs = "" if found.samples is None else f", {seen / len(found.samples):.1f} epochs"
     return Plan(
@@ -233,8 +235,8 @@ def _plan(
         trainable=cost.trainable,
         macs=cost.macs,
         dense_macs=sum(closed_macs(shape).values()),
-        memory=memory(model, config, config.batch, device),
-        images=config.batch,
+        memory=memory(model, config, images, device),
+        images=images,
         training=f"{config.steps:,} steps of {config.batch}: {seen:,} images{epochs}",
         time=_time(model, found.samples, objective, config, device, flip, to_measure),
     )
@@ -251,12 +253,13 @@ def _time(
 ) -> str:
     if samples is None or to_measure is None:
         return f"not measured: the {'data' if samples is None else 'parts'} are missing"
-    images = config.batch if device.type == "cuda" else min(config.batch, CPU_IMAGES)
+    share = config.batch // place()[1]
+    images = share // config.accumulate if device.type == "cuda" else min(share, CPU_IMAGES)
     needed, there = sum(memory(model, config, images, device).values()), free(device)
     if needed > 0.9 * there:
         return f"not measured: a step needs about {_gib(needed)} and {_gib(there)} are free on {device}"
     found = measure(to_measure(device), samples, objective, config, flip=flip, images=images)
-    step = found.step(config.batch, config.workers)
+    step = found.step(share, config.workers)
     return (
         f"{step:.3g} s a step, about {_duration(step * config.steps)} in all (median of {STEPS} steps of {images} "
         f"images on {device}: loading {found.loading:.3g} s, passes {found.passes:.3g} s, update {found.update:.3g} s)"
