@@ -91,3 +91,28 @@ def test_a_model_of_components_is_tuned_where_it_is_dense(peft, layers: str) -> 
     with torch.no_grad():
         expected = tuned(*inputs())
         torch.testing.assert_close(tuned.merge_and_unload()(*inputs()), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("layers", "leaves"), [("factored", ("u", "v")), ("dense", ("weight",))])
+def test_lora_reaches_the_matrices_of_a_recombined_model(peft, tmp_path: Path, layers: str, leaves) -> None:
+    """By parameter: peft's LoRA on learngenes, with several classes and their tailors in place."""
+
+    def make() -> DiT:
+        parts = decompose(noisy(factorize(dense(), KindConfig(learngene_rank=20, tailor_rank=3)), 1, 0.02))
+        return parts.recombine(["bee", "ant"], layers=layers)
+
+    names = [f"{name}.{leaf}" for name, _ in make().named_matrices() for leaf in leaves]
+    before = make()(*inputs())
+    tuned = trained(peft, make(), peft.LoraConfig(r=4, target_modules=[], target_parameters=names))
+    with torch.no_grad():
+        expected = tuned(*inputs())
+        assert (expected - before).abs().max() > 1e-3
+        tuned.save_pretrained(tmp_path / "adapter")
+        again = peft.PeftModel.from_pretrained(make(), tmp_path / "adapter").eval()
+        torch.testing.assert_close(again(*inputs()), expected, rtol=0, atol=1e-6)
+        merged = tuned.merge_and_unload()
+        torch.testing.assert_close(merged(*inputs()), expected, rtol=0, atol=1e-4)
+        merged.save_pretrained(tmp_path / "merged")
+        assert torch.equal(DiT.from_pretrained(tmp_path / "merged")(*inputs()), merged(*inputs()))
+    if layers == "factored":
+        assert decompose(merged).classes == ("bee", "ant")
