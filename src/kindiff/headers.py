@@ -13,6 +13,7 @@ from kindiff.errors import BadFileError
 
 MAX_JSON = 64 * 2**20
 MAX_VALUES = 2**22  # commas and opening brackets: a few bytes of text each, but a Python object of 60
+SMALL = 2**20  # below it a description may be of any density and in any letters
 _SIZES = {"I64": 8, "F64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 MAX_DIMENSIONS = 16
 
@@ -75,9 +76,16 @@ def sha256(path: Path) -> str:
 
 
 def parse_json(content: bytes) -> Any:
-    """What JSON of a file from elsewhere says; ValueError when it is none, has a key twice or absurdly many values."""
-    if sum(map(content.count, (b",", b"[", b"{"))) > MAX_VALUES:
-        raise ValueError(f"it holds more than {MAX_VALUES} values")
+    """What JSON of a file from elsewhere says; ValueError when it is none, has a key twice or absurdly many values.
+
+    In a file above 1 MiB no value may take less than 4 bytes on average, and letters beyond ASCII must be escaped (as
+    ours are): so no list or text made of it is larger than twice the file.
+    """
+    values = sum(map(content.count, (b",", b"[", b"{")))
+    if values > MAX_VALUES or (len(content) > SMALL and values > len(content) // 4):
+        raise ValueError(f"{values} values are more than a description of {len(content)} bytes has")
+    if len(content) > SMALL and not content.isascii():
+        raise ValueError("it is large and has letters beyond ASCII that are not escaped")
     return json.loads(content, object_pairs_hook=_no_key_twice)
 
 

@@ -195,13 +195,23 @@ def test_a_tailor_whose_sigma_is_one_number(parts_folder: Path) -> None:
         load_components(parts_folder)
 
 
-def test_absurdly_many_values_are_refused_before_they_are_made(model_folder: Path) -> None:
-    """Three bytes of text make an object of sixty: a description of the allowed length could fill the memory."""
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b'{"format": [' + b"[]," * 2_200_000 + b"[]]}", "values are more than a description"),
+        (b'{"format": [' + b"1," * 1_000_000 + b"1]}", "1000002 values are more than a description of 2000"),
+        (b'{"format": "' + "\U0001f989".encode() + b"a" * 4_000_000 + b'"}', "letters beyond ASCII"),
+    ],
+)
+def test_a_description_that_would_become_larger_than_twice_itself_is_refused_unparsed(
+    model_folder: Path, content: bytes, sentence: str
+) -> None:
+    """Three bytes of text make an object of sixty, and one letter makes a text four times as large."""
     path = model_folder / "config.json"
-    path.write_bytes(b'{"format": [' + b"[]," * 2_200_000 + b"[]]}")
+    path.write_bytes(content)
     tracemalloc.start()
     try:
-        with pytest.raises(BadFileError, match="holds more than 4194304 values"):
+        with pytest.raises(BadFileError, match=sentence):
             DiT.from_pretrained(model_folder)
         assert tracemalloc.get_traced_memory()[1] < 2 * path.stat().st_size
     finally:
