@@ -120,8 +120,8 @@ def markdown(records: Sequence[Record]) -> str:
                 [
                     (
                         row.label,
-                        f"{row.distance_mean:.1f} ± {row.distance_spread:.1f}",
-                        f"{row.accuracy_mean:.3f} ± {row.accuracy_spread:.3f}",
+                        _with_spread(row.distance_mean, row.distance_spread, 1),
+                        _with_spread(row.accuracy_mean, row.accuracy_spread, 3),
                         f"{row.precision_mean:.2f}",
                         f"{row.recall_mean:.2f}",
                         f"{row.trainable / 1000:.1f}k",
@@ -150,6 +150,10 @@ def sweep_markdown(records: Sequence[Record]) -> str:
                 lines.append((labels[method], *(_swept(cell, best) for cell in cells)))
         blocks.append(f"**{task}**\n\n" + _grid(("method", *(f"{rate:g}" for rate in rates)), lines))
     return "\n\n".join(blocks)
+
+
+def _with_spread(mean: float, spread: float, digits: int) -> str:
+    return f"{mean:.{digits}f} (1 seed)" if math.isnan(spread) else f"{mean:.{digits}f} ± {spread:.{digits}f}"
 
 
 def _swept(distance: float | None, best: float) -> str:
