@@ -35,11 +35,14 @@ def plot(records: Sequence[Record], folder: Path) -> list[Path]:
     paths = []
     for task in dict.fromkeys(row.task for row in rows):
         own = [row for row in rows if row.task == task]
-        figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
-        _scatter(axes[0], own, [row.trainable for row in own], "trainable parameters")
+        figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", sharey=True)
+        _scatter(axes[0], own, [row.trainable / 1000 for row in own], "trainable parameters, thousands")
         _scatter(axes[1], own, [row.gmacs * 1000 for row in own], "inference, million MACs an image")
+        axes[0].set_xscale("log")
+        axes[0].xaxis.set_major_formatter(lambda value, position: f"{value:g}")
         axes[0].set_ylabel(f"{own[0].distance_name}, lower is better")
-        figure.suptitle(f"{task}: each method at its best rate, {own[0].seeds} seeds")
+        axes[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
+        figure.suptitle(f"{task}: each method at its best rate; real against real {own[0].floor:.1f}")
         paths.append(folder / f"{task}.png")
         figure.savefig(paths[-1], dpi=120)
         plt.close(figure)
@@ -60,12 +63,18 @@ def plot(records: Sequence[Record], folder: Path) -> list[Path]:
 
 
 def _scatter(axis: Axes, rows: Sequence[Row], x: Sequence[float], label: str) -> None:
-    for row, at in zip(rows, x, strict=True):
+    """A point a method, with the number that it has in the figure's legend."""
+    for number, (row, at) in enumerate(zip(rows, x, strict=True), 1):
         spread = row.distance_spread if row.seeds > 1 else 0.0
-        axis.errorbar(at, row.distance_mean, yerr=spread, fmt="o", color=COLOURS[row.family], capsize=2)
-        axis.annotate(row.label, (at, row.distance_mean), (4, 3), textcoords="offset points", fontsize=7)
-    axis.axhline(rows[0].floor, color="#9ca3af", linestyle=":", linewidth=1)
-    axis.set(xscale="log", yscale="log", xlabel=label)
+        axis.errorbar(
+            at, row.distance_mean, yerr=spread, fmt="o", color=COLOURS[row.family], capsize=2,
+            label=f"{number}  {row.label}",
+        )  # fmt: skip
+        side = 5 if number % 2 else -11
+        axis.annotate(str(number), (at, row.distance_mean), (side, 3), textcoords="offset points", fontsize=8)
+    axis.margins(0.12)
+    axis.set(xlabel=label)
+    axis.grid(alpha=0.25)
 
 
 def by_steps(rows: Sequence[Row]) -> dict[str, list[list[Row]]]:
