@@ -130,6 +130,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_description(folder: Path, kind: str, *, wanted: str) -> dict[str, Any]:
+    """The config.json of a directory of ours; `wanted` ends the sentence for one of another kind or format.
+
+    FileNotFoundError when there is none, BadFileError when it describes something else.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no {kind} directory: it has no config.json.")
+    description = read_json(path)
+    if description.get("kind") != kind or description.get("format") != FORMAT:
+        raise BadFileError(
+            f"{path} describes {description.get('kind')!r}, format {description.get('format')!r}; {wanted}."
+        )
+    return description
+
+
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> str:

@@ -101,15 +101,11 @@ def load_autoencoder(directory: str | Path) -> Codec | None:
 
 
 def _description(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no components directory: it has no config.json.")
-    description = checkpoint.read_json(path)
-    if description.get("kind") != "components" or description.get("format") != checkpoint.FORMAT:
-        raise BadFileError(
-            f"{path} describes {description.get('kind')!r}, format {description.get('format')!r}; components of "
-            f"format {checkpoint.FORMAT} are wanted (make them with `kindiff decompose`)."
-        )
+    description = checkpoint.read_description(
+        folder,
+        "components",
+        wanted=f"components of format {checkpoint.FORMAT} are wanted (make them with `kindiff decompose`)",
+    )
     try:
         from_dict(DiTConfig, description.get("model"))
         ClassSet(tuple(description.get("classes") or ()))
@@ -118,7 +114,7 @@ def _description(folder: Path) -> dict[str, Any]:
         if not sound or not isinstance(targets, list) or not set(targets) <= set(MATRICES):
             raise UsageError("learngene_rank, learngenes or targets is not what it should be")
     except (UsageError, TypeError, KeyError) as error:
-        raise BadFileError(f"{path} is damaged: {error}") from None
+        raise BadFileError(f"{folder / 'config.json'} is damaged: {error}") from None
     return description
 
 

@@ -131,14 +131,9 @@ class DiT(nn.Module):
         Raises FileNotFoundError, or BadFileError naming the file that is damaged or of another architecture.
         """
         folder = Path(directory)
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{folder} is no model directory: it has no config.json.")
-        description = checkpoint.read_json(folder / "config.json")
-        if description.get("kind") != "model" or description.get("format") != checkpoint.FORMAT:
-            raise BadFileError(
-                f"{folder / 'config.json'} describes {description.get('kind')!r}, format "
-                f"{description.get('format')!r}; a model of format {checkpoint.FORMAT} is wanted."
-            )
+        description = checkpoint.read_description(
+            folder, "model", wanted=f"a model of format {checkpoint.FORMAT} is wanted"
+        )
         try:
             config = from_dict(DiTConfig, description.get("model"))
             classes = ClassSet(tuple(description.get("classes") or ()))

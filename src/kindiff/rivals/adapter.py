@@ -41,21 +41,15 @@ def load_adapter(base: DiT, directory: str | Path) -> DiT:
     Raises FileNotFoundError, BadFileError for a damaged directory, UsageError for another base than it was trained on.
     """
     folder = Path(directory)
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no adapter directory: it has no config.json.")
-    description = checkpoint.read_json(path)
-    if description.get("kind") != "adapter" or description.get("format") != checkpoint.FORMAT:
-        raise BadFileError(
-            f"{path} describes {description.get('kind')!r}, format {description.get('format')!r}; an adapter of "
-            f"format {checkpoint.FORMAT} is wanted."
-        )
+    description = checkpoint.read_description(
+        folder, "adapter", wanted=f"an adapter of format {checkpoint.FORMAT} is wanted"
+    )
     try:
         config = from_dict(RivalConfig, description.get("rival"))
         classes = ClassSet(tuple(description.get("classes") or ()))
         seed = int(description["seed"])
     except (UsageError, KeyError, TypeError, ValueError) as error:
-        raise BadFileError(f"{path} is damaged: {error}") from None
+        raise BadFileError(f"{folder / 'config.json'} is damaged: {error}") from None
     if description.get("base") != checkpoint.hash_tensors(base.state_dict()):
         raise UsageError(
             f"the adapter {folder} was trained on another base; give the model that it stands on."

@@ -104,7 +104,8 @@ class Bench:
         method, task = self.study.methods[cell.method], self.study.tasks[cell.task]
         base, folder = self.work / "bases" / method.base, self.work / self.study.name / cell.name
         train = replace(task.train, lr=cell.lr, seed=cell.seed, device=self.device)
-        recipe: TransferConfig | AdaptConfig | PretrainConfig
+        again = replace(self.study.bases[method.base], data=task.data, train=train)
+        recipe: TransferConfig | AdaptConfig | PretrainConfig = again
         failed = ""
         try:
             if method.transfer is not None:
@@ -115,9 +116,7 @@ class Bench:
                 adapt(base / "model", recipe, folder)
             else:
                 assert method.recombine is not None
-                recipe = smaller(
-                    self.study.bases[method.base], base, task.data, train, method.recombine, folder
-                )
+                recipe = smaller(again, base, method.recombine, folder)
         except NotFinite as error:
             failed = str(error).split(";")[0]
         trained = (folder / "run.json").is_file()
@@ -164,15 +163,12 @@ class Bench:
         validation = which == "validation"
         reference = self.reference(task.validation if validation else task.test)
         model = self.work / record.model
-        classes = len(DiTPipeline.from_pretrained(model).model.classes)
+        seed = config.sample.seed + record.seed + (VALIDATION_SEED if validation else 0)
         samples = GeneratedImages(
             model,
-            classes * (config.validation_per_class if validation else config.test_per_class),
-            replace(
-                config.sample,
-                seed=config.sample.seed + record.seed + (VALIDATION_SEED if validation else 0),
-                device=self.device,
-            ),
+            0,
+            replace(config.sample, seed=seed, device=self.device),
+            per_class=config.validation_per_class if validation else config.test_per_class,
         )
         work = model.parent / f"features-{which}"
         with warnings.catch_warnings():

@@ -26,33 +26,29 @@ def best_rate(records: Sequence[Record]) -> float | None:
 
 def left(study: Study, records: Sequence[Record]) -> list[Work]:
     """What is missing, in the order to do it in: seed by seed, so that a study cut short compares all methods."""
-    done = {r.cell: r for r in records}
+    known = {r.cell: r for r in records}
     first, *others = study.config.seeds
     stages: list[list[Work]] = [[] for _ in range(1 + len(study.config.seeds))]
     for task, method in study.pairs():
         sweep = [Cell(task=task, method=method, lr=lr, seed=first) for lr in study.rates(method)]
-        if missing := [cell for cell in sweep if cell not in done]:
+        if missing := [cell for cell in sweep if cell not in known]:
             stages[0] += [Work(cell=cell, test=False) for cell in missing]
             continue
-        lr = best_rate([done[cell] for cell in sweep])
+        lr = best_rate([known[cell] for cell in sweep])
         if lr is None:
             continue  # failed at every rate
         for stage, seed in enumerate((first, *others), start=1):
             cell = Cell(task=task, method=method, lr=lr, seed=seed)
-            if cell not in done or (done[cell].test is None and not done[cell].failed):
+            if cell not in known or (known[cell].test is None and not known[cell].failed):
                 stages[stage].append(Work(cell=cell, test=True))
     return [work for stage in stages for work in stage]
 
 
 def done(study: Study, records: Sequence[Record]) -> int:
-    """Units of work that are done, of study.units."""
-    known = {r.cell: r for r in records}
-    count = 0
-    for task, method in study.pairs():
-        for seed in study.config.seeds:
-            for lr in study.rates(method):
-                record = known.get(Cell(task=task, method=method, lr=lr, seed=seed))
-                count += (record is not None and seed == study.config.seeds[0]) + (
-                    record is not None and record.test is not None
-                )
-    return count
+    """Units of work that are done, of study.units; records of what the study no longer has do not count."""
+    pairs, first = study.pairs(), study.config.seeds[0]
+    return sum(
+        (r.seed == first) + (r.test is not None)
+        for r in records
+        if (r.task, r.method) in pairs and r.lr in study.rates(r.method) and r.seed in study.config.seeds
+    )

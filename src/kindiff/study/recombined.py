@@ -6,27 +6,20 @@ import dataclasses
 from pathlib import Path
 
 from kindiff.components import Components, factorize, load_components
-from kindiff.config import DataConfig, KindConfig, PretrainConfig, TrainConfig
+from kindiff.config import KindConfig, PretrainConfig
 from kindiff.data import open_samples
 from kindiff.models import DiT
 from kindiff.study.config import RecombineConfig
 from kindiff.train import pretrain
 
 
-def smaller(
-    recipe: PretrainConfig,
-    base: Path,
-    data: DataConfig,
-    train: TrainConfig,
-    config: RecombineConfig,
-    folder: Path,
-) -> PretrainConfig:
-    """Make the smaller model of a base's directory for the classes of `data`, into folder/model.
+def smaller(recipe: PretrainConfig, base: Path, config: RecombineConfig, folder: Path) -> PretrainConfig:
+    """Make the smaller model of a base's directory for the classes of the recipe's data, into folder/model.
 
-    A decomposable base is recombined; a dense one is cut by SVD. With config.train it is trained on the data, into the
-    run directory `folder`. Returns the recipe of that training.
+    A decomposable base is recombined; a dense one is cut by SVD. With config.train it is trained as the recipe says,
+    into the run directory `folder`. Returns the recipe of that training.
     """
-    classes = open_samples(data).classes.names
+    classes = open_samples(recipe.data).classes.names
     kind = recipe.kind
     if recipe.method == "kind":
         parts = load_components(base / "parts", classes)
@@ -43,15 +36,13 @@ def smaller(
             model = factorize(model, kind)
     if not config.train:
         model.save_pretrained(folder / "model")
-        return dataclasses.replace(recipe, data=data, train=train)
+        return recipe
     start = folder.with_name(f"{folder.name}--start")
     model.save_pretrained(start)
     recipe = dataclasses.replace(
         recipe,
-        data=data,
         method="dense" if model.structure is None else "kind",
         kind=kind,
-        train=train,
         init=str(start),
     )
     pretrain(recipe, folder)

@@ -44,15 +44,14 @@ class Row:
 def best_rows(records: Sequence[Record]) -> list[Row]:
     """One row for each task and method with a score, best first within a task."""
     rows = []
-    for task, method in dict.fromkeys((r.task, r.method) for r in records):
-        own = [r for r in records if (r.task, r.method) == (task, method)]
-        swept = [r for r in own if r.validation is not None and r.seed == _first_seed(own)]
+    for (task, method), own in _by_pair(records).items():
+        swept = _swept_of(own)
         lr = best_rate(swept)
         scored = [r for r in own if r.lr == lr and r.test is not None]
         if lr is None or not scored:
             continue
         tests = [r.test for r in scored if r.test is not None]
-        tried = sorted(r.lr for r in own if r.seed == _first_seed(own))
+        tried = sorted(r.lr for r in swept)
         distances = [t.distance for t in tests]
         accuracies = _known(t.accuracy for t in tests)
         one = scored[0]
@@ -86,17 +85,17 @@ def best_rows(records: Sequence[Record]) -> list[Row]:
 
 def sweep(records: Sequence[Record]) -> dict[tuple[str, str], dict[float, float]]:
     """For each task and method the validation distance at each rate (first seed); nan where training failed."""
-    table: dict[tuple[str, str], dict[float, float]] = {}
-    for r in sorted(records, key=lambda r: (r.task, r.method, r.lr)):
-        own = [o for o in records if (o.task, o.method) == (r.task, r.method)]
-        if r.seed == _first_seed(own):
-            rates = table.setdefault((r.task, r.method), {})
-            rates[r.lr] = r.validation.distance if r.validation else math.nan
-    return table
+    return {
+        pair: {
+            r.lr: r.validation.distance if r.validation else math.nan
+            for r in sorted(_swept_of(own), key=_rate)
+        }
+        for pair, own in sorted(_by_pair(records).items())
+    }
 
 
 def markdown(records: Sequence[Record]) -> str:
-    """The tables of a study: for each task the methods, best first; then the sweep of learning rates."""
+    """The tables of a study: for each task the methods, best first."""
     rows = best_rows(records)
     blocks = []
     for task in dict.fromkeys(row.task for row in rows):
@@ -169,10 +168,23 @@ def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _first_seed(records: Iterable[Record]) -> int:
-    """The seed that rates were tried with: the one with the most of them, the lowest of those."""
+def _by_pair(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
+    """The records of each task and method, in their order."""
+    found: dict[tuple[str, str], list[Record]] = {}
+    for r in records:
+        found.setdefault((r.task, r.method), []).append(r)
+    return found
+
+
+def _swept_of(records: Sequence[Record]) -> list[Record]:
+    """Those of the seed that rates were tried with: the one with the most of them, the lowest of those."""
     seeds = [r.seed for r in records]
-    return min(set(seeds), key=lambda seed: (-seeds.count(seed), seed))
+    first = min(set(seeds), key=lambda seed: (-seeds.count(seed), seed))
+    return [r for r in records if r.seed == first]
+
+
+def _rate(record: Record) -> float:
+    return record.lr
 
 
 def _known(values: Iterable[float | None]) -> list[float]:

@@ -1,0 +1,68 @@
+"""Smaller models of a base's own classes: recombined, cut, without tailors, trained on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kindiff.components import decompose, save_components
+from kindiff.config import TrainConfig
+from kindiff.models import DiT
+from kindiff.study.config import RecombineConfig
+from kindiff.study.recombined import smaller
+from kindiff.train import pretrain
+from toys import toy, write_shapes
+
+
+@pytest.fixture(scope="module", params=["kind", "dense"])
+def base(request, tmp_path_factory):
+    place = tmp_path_factory.mktemp(request.param)
+    recipe = toy(write_shapes(place / "shapes"), method=request.param)
+    trained = pretrain(recipe, place / "base")
+    if request.param == "kind":
+        save_components(decompose(trained.model), place / "base" / "parts")
+    return recipe, place / "base", trained.model
+
+
+def output(model: DiT) -> torch.Tensor:
+    x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model.eval()(x, torch.tensor([10.0, 500.0, 900.0]), torch.tensor([0, 1, 3]))
+
+
+def test_a_base_as_it_is_and_smaller(base, tmp_path) -> None:
+    recipe, folder, whole = base
+    same = smaller(recipe, folder, RecombineConfig(), tmp_path / "same")
+    assert same == recipe
+    torch.testing.assert_close(output(DiT.from_pretrained(tmp_path / "same" / "model")), output(whole))
+    smaller(recipe, folder, RecombineConfig(learngene_rank=4), tmp_path / "small")
+    small = DiT.from_pretrained(tmp_path / "small" / "model")
+    assert small.structure is not None
+    assert small.structure["rank"] == 4
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in whole.parameters())
+
+
+def test_the_learngenes_alone_have_no_tailor(base, tmp_path) -> None:
+    recipe, folder, whole = base
+    if recipe.method == "dense":
+        pytest.skip("a dense base has no tailors")
+    smaller(recipe, folder, RecombineConfig(tailors=False), tmp_path / "bare")
+    bare = DiT.from_pretrained(tmp_path / "bare" / "model")
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    t, ids, off = torch.tensor([10.0, 500.0]), torch.tensor([0, 1]), torch.tensor([4, 4])
+    with torch.no_grad():
+        torch.testing.assert_close(bare.eval()(x, t, ids), whole.eval()(x, t, ids, off))
+        assert not torch.equal(whole(x, t, ids), whole(x, t, ids, off))
+
+
+def test_a_smaller_model_is_trained_on(base, tmp_path) -> None:
+    recipe, folder, _ = base
+    few = replace(recipe, train=TrainConfig(steps=3, batch=4, lr=1e-2))
+    used = smaller(few, folder, RecombineConfig(learngene_rank=4, train=True), tmp_path / "on")
+    assert used.kind.learngene_rank == 4
+    before = DiT.from_pretrained(tmp_path / "on--start")
+    after = DiT.from_pretrained(tmp_path / "on" / "model")
+    assert before.structure == after.structure
+    assert not torch.equal(output(before), output(after))
