@@ -255,11 +255,11 @@ def step_run(model: DiT, batch: int, dtype: torch.dtype, device: torch.device) -
     slots = model.gate.slots_on(ids_host) if isinstance(model.gate, TableGate) else torch.empty(0)
 
     def run() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            value = loss(lambda a, t: model(a, t, ids), x, noise, u).mean()
-        optimiser.zero_grad()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(optimiser.parameters, 1.0)
+        with optimiser.of_slots(slots):
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                value = loss(lambda a, t: model(a, t, ids), x, noise, u).mean()
+            value.backward()
+        optimiser.clip(1.0)
         optimiser.step(factor=1.0, slots=slots, ids=ids_host)
 
     return run

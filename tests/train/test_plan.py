@@ -28,6 +28,7 @@ from kindiff.errors import UsageError
 from kindiff.evaluate.cost import counted_macs
 from kindiff.models import DiT
 from kindiff.train.memory import activations, memory
+from kindiff.train.optimiser import Optimiser
 from kindiff.train.plan import expected, outline, pretrain_plan, transfer_plan
 from kindiff.train.pretraining import new_model
 from random_models import noisy_dit
@@ -50,7 +51,9 @@ def test_the_plan_counts_the_model_that_trains(shapes: Path, method: str) -> Non
     assert (plan.parameters, plan.trainable) == (count, count)
     assert plan.macs == counted_macs(model)
     assert plan.dense_macs == counted_macs(DiT(model.config))
-    assert plan.memory["weights"] == plan.memory["gradients"] == plan.memory["average"] == 4 * count
+    banks = sum(p.numel() for n, p in model.named_parameters() if ".tailor_" in n)
+    assert plan.memory["weights"] == plan.memory["average"] == 4 * count
+    assert plan.memory["gradients"] == 4 * (count + banks)  # 4 images may have all 4 classes: their rows and gradients
     assert plan.memory["optimiser"] == 8 * count
     assert outline(config, expected(config.data)).state_dict().keys() == model.state_dict().keys()
     found = re.search(r"([\d.e-]+) s a step, about .* \(median of 3 steps of 4 images on cpu", plan.time)
@@ -80,6 +83,7 @@ def test_activations_are_what_autograd_keeps(precision, kind, width, side) -> No
     x, noise = torch.randn(2, 3, 4, 2 * side, 2 * side)
     ids = torch.tensor([0, 1, 3])
     with (
+        Optimiser(model, TrainConfig()).of_slots(ids),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
     ):

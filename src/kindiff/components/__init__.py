@@ -8,6 +8,7 @@ from kindiff.components.files import load_autoencoder, load_components, load_tai
 from kindiff.components.gates import SoftGate, TableGate
 from kindiff.components.linear import ComponentLinear
 from kindiff.components.parts import Components, decompose
+from kindiff.components.strategy import set_strategy_
 from kindiff.components.swap import Tailor, swap_tailor_
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "load_tailor",
     "merge_modules",
     "save_components",
+    "set_strategy_",
     "svd",
     "swap_tailor_",
 ]

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kindiff.components.algebra import Factors
+from kindiff.components.product import add_tailors, products
+from kindiff.components.strategy import Choice
 from kindiff.models.layers import Gating, compute_dtype
 
 
@@ -38,6 +40,8 @@ class ComponentLinear(nn.Module):
             self.sigma = nn.Parameter(torch.empty(rank))
             self.v = nn.Parameter(torch.empty(rank, features_in))
         self.rank = rank
+        self.strategy: Choice = "auto"
+        """How tailors are computed; `set_strategy_` overrules the rule."""
         self.bias = nn.Parameter(torch.empty(features_out))
         self.has_tailors = slots * tailor_rank > 0
         if self.has_tailors:
@@ -55,23 +59,19 @@ class ComponentLinear(nn.Module):
 
     @staticmethod
     def together(layers: Sequence[ComponentLinear], x_BTI: Tensor, gating: Gating | None) -> list[Tensor]:
-        """Layers that share their input (q, k, v): it is rounded once, and their tailors' V sides are one product.
-
-        sigma and the gate's weights scale U in fp32, before any rounding to the compute dtype.
-        """
+        """Layers that share their input (q, k, v): it is rounded once, and one product serves their V sides."""
         x_BTI = compute_dtype(x_BTI)
-        outputs = [layer.learngenes(x_BTI) for layer in layers]
-        tailored = [(layer, y) for layer, y in zip(layers, outputs, strict=True) if layer.has_tailors]
-        if tailored:
+        if len({(layer.rank is None, layer.has_tailors) for layer in layers}) > 1:
+            return [layer.together([layer], x_BTI, gating)[0] for layer in layers]
+        if layers[0].rank is not None:
+            return products(layers, x_BTI, gating)
+        outputs = [F.linear(x_BTI, layer.weight, layer.bias) for layer in layers]
+        if layers[0].has_tailors:
             assert gating is not None, "a layer with tailors needs a gate"
-            _add_tailors_(tailored, x_BTI, gating)
+            return [
+                add_tailors(layer, y, x_BTI, gating) for layer, y in zip(layers, outputs, strict=True)
+            ]
         return outputs
-
-    def learngenes(self, x_BTI: Tensor) -> Tensor:
-        """What the learngenes alone give, bias included."""
-        if self.rank is None:
-            return F.linear(x_BTI, self.weight, self.bias)
-        return F.linear(F.linear(x_BTI, self.v), (self.u * self.sigma.unsqueeze(1)).T, self.bias)
 
     @torch.no_grad()
     def merged_weight(self, gating: Gating | None = None, sample: int = 0) -> Tensor:
@@ -85,17 +85,3 @@ class ComponentLinear(nn.Module):
             weight_OI = weight_OI + (u_MO.T * scale_M) @ v_MI
         return weight_OI
 
-
-def _add_tailors_(
-    layers_and_outputs: Sequence[tuple[ComponentLinear, Tensor]], x_BTI: Tensor, gating: Gating
-) -> None:
-    """Add each sample's tailors to the outputs, in place."""
-    slots_BK, weights_BK = gating
-    layers = [layer for layer, _ in layers_and_outputs]
-    v_BMI = torch.cat([layer.tailor_v[slots_BK].flatten(1, 2) for layer in layers], dim=1)
-    h_BTM = torch.bmm(x_BTI, v_BMI.to(x_BTI.dtype).transpose(1, 2))
-    sizes = [slots_BK.shape[1] * layer.tailor_sigma.shape[1] for layer in layers]
-    for (layer, y_BTO), part in zip(layers_and_outputs, h_BTM.split(sizes, dim=2), strict=True):
-        scale_BKN = layer.tailor_sigma[slots_BK] * weights_BK.unsqueeze(2)
-        u_BMO = (layer.tailor_u[slots_BK] * scale_BKN.unsqueeze(3)).flatten(1, 2)
-        y_BTO.baddbmm_(part, u_BMO.to(part.dtype))

@@ -23,6 +23,7 @@ from kindiff.components.assembly import factors_of, fill_slot_, freeze_learngene
 from kindiff.components.build import Structure, empty
 from kindiff.components.gates import TableGate
 from kindiff.components.linear import ComponentLinear
+from kindiff.components.strategy import factored_is_cheaper
 from kindiff.config import MATRICES, DiTConfig
 from kindiff.errors import UsageError
 from kindiff.models.dit import DiT
@@ -228,12 +229,6 @@ class Components:
             return 0
         key = f"blocks.0.{self.targets[0]}.sigma"
         return max(len(self.tailors[name].get(key, ())) for name in wanted.names)
-
-
-def factored_is_cheaper(config: DiTConfig, rank: int) -> bool:
-    """Whether learngenes of this rank cost fewer multiplications as components than as dense weights."""
-    shapes = [config.matrix_shape(matrix) for matrix in MATRICES]
-    return rank * sum(o + i for o, i in shapes) < sum(o * i for o, i in shapes)
 
 
 @torch.no_grad()

@@ -116,11 +116,11 @@ def _train(job: Job, state: State, saver: Saver, stop: list[int], writer: Any, f
                 batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
 
                 # Forward and backward.
-                optimiser.zero_grad()
-                loss = _loss_and_gradients(state, batch, loss_function, config)
+                with optimiser.of_slots(slots):
+                    loss = _loss_and_gradients(state, batch, loss_function, config)
 
                 # Check (two numbers, the same on all ranks), step, average.
-                norm = whole(torch.nn.utils.clip_grad_norm_(optimiser.parameters, config.clip))
+                norm = whole(optimiser.clip(config.clip))
                 loss, norm = ranks.mean(torch.stack((loss, norm)))
                 if not torch.isfinite(loss + norm):
                     found = f"the loss ({float(loss)}) or the gradient's norm ({float(norm)}) is not finite"

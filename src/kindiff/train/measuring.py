@@ -71,13 +71,13 @@ def measure(
         ids = torch.unique(batch.ids_B)
         batch = Batch(*(tensor.to(device) for tensor in batch))
         started = _now(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            loss = loss_function(
-                lambda x, t, batch=batch: model(x, t, batch.ids_B, batch.gate_ids_B),  # type: ignore[misc]
-                batch.x_BCHW, batch.noise_BCHW, batch.u_B,
-            ).mean()  # fmt: skip
-        optimiser.zero_grad()
-        loss.backward()
+        with optimiser.of_slots(slots):
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                loss = loss_function(
+                    lambda x, t, batch=batch: model(x, t, batch.ids_B, batch.gate_ids_B),  # type: ignore[misc]
+                    batch.x_BCHW, batch.noise_BCHW, batch.u_B,
+                ).mean()  # fmt: skip
+            loss.backward()
         passes.append(_now(device) - started)
         started = _now(device)
         optimiser.step(factor=1.0, slots=slots, ids=ids)

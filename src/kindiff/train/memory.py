@@ -10,22 +10,32 @@ from pathlib import Path
 import torch
 
 from kindiff.components.build import Structure
+from kindiff.components.gates import TableGate
+from kindiff.components.strategy import choose
 from kindiff.config import MATRICES, TrainConfig, from_dict
 from kindiff.models.dit import DiT
 
+SIZE = {"bf16": 2, "fp32": 4}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Bytes that autograd keeps, counted on small models (tests/train/test_plan.py counts them again): a token of a block
-# keeps so many times D and H, a component of a matrix so much a token, a value of a sample's gathered tailors so much.
-KEPT = {"bf16": (35, 4, 2, 4), "fp32": (53, 8, 4, 6)}
+# keeps so many times D and H, a value of a sample's gathered tailors so much.
+KEPT = {"bf16": (35, 4), "fp32": (53, 8)}
+PER_GATHERED = {"bf16": 4, "fp32": 6}
 
 
 def memory(model: DiT, config: TrainConfig, images: int, device: torch.device) -> dict[str, int]:
-    """Bytes by purpose of one process that trains on `images` at once. Temporaries of single operations, the loader
-    and the library are not in it."""
+    """Bytes by purpose of one process, alone, that trains on `images` at once. Temporaries of single operations, the
+    loader and the library are not in it."""
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    with_gradient = trained
+    if isinstance(model.gate, TableGate):  # of the banks, a step's slots alone have gradients, and are copied
+        banks = [p for n, p in model.named_parameters() if ".tailor_" in n and p.requires_grad]
+        most = images * model.gate.slots_CK.shape[1]
+        with_gradient += sum(2 * min(len(p), most) * p[0].numel() - p.numel() for p in banks)
     return {
         "weights": 4 * parameters,
-        "gradients": 4 * trained,
+        "gradients": 4 * with_gradient,
         "optimiser": 8 * trained,
         "average": 4 * trained,
         "activations": activations(model, config.precision, images, device, recompute=config.recompute),
@@ -40,20 +50,38 @@ def activations(
     recompute: of every block only its input is kept, and one block's activations at a time.
     """
     config = model.config
-    per_width, per_hidden, per_component, per_gathered = KEPT[precision]
-    structure = None if model.structure is None else from_dict(Structure, model.structure)
-    components = gathered = 0
-    if structure is not None:
+    size, (per_width, per_hidden) = SIZE[precision], KEPT[precision]
+    shapes = [config.matrix_shape(matrix) for matrix in MATRICES]
+    columns = gathered = rows = 0  # products with V that a token keeps; bytes of an image's own, of a step's tailors
+    copies = sum(o * i for o, i in shapes) if precision == "bf16" else 0  # weights as the products take them
+    if model.structure is not None:
+        structure = from_dict(Structure, model.structure)
+        rank, sides = structure.rank or 0, sum(o + i for o, i in shapes)
+        tailored = sum(sum(config.matrix_shape(matrix)) for matrix in structure.targets)
         on = structure.slots if structure.gate == "soft" else structure.gate_width
-        tailors = structure.tailor_rank * on
-        components = (structure.rank or 0) * len(MATRICES) + tailors * len(structure.targets)
-        gathered = tailors * sum(sum(config.matrix_shape(matrix)) for matrix in structure.targets)
-    token = per_width * config.width + per_hidden * config.hidden + per_component * components
+        slots = min(structure.slots, images * on)  # of a step, apart from their bank
+        strategy = choose(
+            "auto", slots=slots, on=on, device=device.type, dtype=DTYPES[precision], training=rank > 0,
+            weights_train=structure.gate == "soft",
+        ).name  # fmt: skip
+        tailors = structure.tailor_rank * (slots if strategy == "joined" else on)
+        columns = rank * len(MATRICES) + tailors * len(structure.targets)
+        if strategy == "joined":
+            copies = rank * sides + tailors * tailored
+            rows = 4 * tailors * sum(config.matrix_shape(matrix)[0] for matrix in structure.targets)  # u, for sigma
+        else:
+            # fp32: u times sigma, and the stacked V of q, k and v; the other V are the parameters themselves.
+            sides = sides if precision == "bf16" else sum(o for o, _ in shapes) + 3 * config.width
+            copies = rank * sides if rank else copies
+            gathered = PER_GATHERED[precision] * tailors * tailored
+    copies += 6 * config.width**2 if precision == "bf16" else 0  # the modulation
+    token = per_width * config.width + per_hidden * config.hidden + size * columns
     if precision == "bf16" and device.type == "cpu":
         token += 2 * config.heads * config.tokens  # attention in plain operations keeps its scores
-    block = config.tokens * token + per_gathered * gathered
-    sample = block + config.depth * config.tokens * config.width * 4 if recompute else config.depth * block
-    return images * sample + _casts(model, precision, structure)
+    block = config.tokens * token + gathered
+    inputs = config.depth * config.tokens * config.width * 4 if recompute else 0
+    blocks = 1 if recompute else config.depth
+    return images * (inputs + blocks * block) + blocks * (size * copies + rows)
 
 
 def free(device: torch.device) -> int:
@@ -66,16 +94,3 @@ def free(device: torch.device) -> int:
         return 2**62
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
-
-def _casts(model: DiT, precision: str, structure: Structure | None) -> int:
-    """Copies of the weights in the arithmetic of the products, and of u times sigma."""
-    config = model.config
-    dense = sum(o * i for o, i in map(config.matrix_shape, MATRICES))
-    scaled = rank = 0
-    if structure is not None and structure.rank is not None:
-        rank = structure.rank * sum(sum(config.matrix_shape(matrix)) for matrix in MATRICES)
-        scaled = 4 * structure.rank * sum(config.matrix_shape(matrix)[0] for matrix in MATRICES)
-    if precision == "fp32":
-        return config.depth * scaled
-    matrices = rank if rank else dense
-    return config.depth * 2 * (matrices + 6 * config.width**2)

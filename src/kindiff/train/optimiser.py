@@ -9,13 +9,16 @@ S rows of a bank (slots or classes), n rows that a step touches, P numbers of a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from kindiff.components.gates import TableGate
 from kindiff.config import TrainConfig
 from kindiff.models.dit import DiT
+from kindiff.train.apart import Apart
 from kindiff.train.sharding import as_rows_of, first_row, held_as, local
 
 BETAS = (0.9, 0.99)
@@ -37,14 +40,16 @@ class RowAdam:
         self.steps_S = torch.zeros(len(like), device=like.device, dtype=like.dtype)
 
     @torch.no_grad()
-    def step(self, rows: Tensor, lr: float) -> None:
-        """One step of the named rows (each once) along the banks' gradients."""
+    def step(self, rows: Tensor, lr: float, gradients: list[Tensor] | None = None) -> None:
+        """One step of the named rows (each once) along the banks' gradients, or along their own where given."""
         if not len(rows) or not self.banks:
             return
         rows = rows.to(self.steps_S.device)
         if len(self.steps_S) < self.rows:  # this rank's
             rows = rows[(rows >= self.first) & (rows < self.first + len(self.steps_S))] - self.first
-        gradient = torch.cat([_gradient(bank)[rows].flatten(1) for bank in self.banks], dim=1)
+        if gradients is None:
+            gradients = [_gradient(bank)[rows] for bank in self.banks]
+        gradient = torch.cat([g.flatten(1) for g in gradients], dim=1)
         self.steps_S[rows] += 1
         steps = self.steps_S[rows].unsqueeze(1)
         mean = self.mean_SP[rows].lerp(gradient, 1 - BETAS[0])
@@ -66,16 +71,20 @@ class Optimiser:
     """All parameters of a model that require gradients, each in its group.
 
     Dense matrices decay (config.weight_decay); components, biases and embeddings do not. Tailors have their own
-    learning rate (config.tailor_lr, 0 for the same).
+    learning rate (config.tailor_lr, 0 for the same). alone: the model is whole in this process, so that the tailors of
+    a step can be set apart from their banks.
     """
 
-    def __init__(self, model: DiT, config: TrainConfig) -> None:
+    def __init__(self, model: DiT, config: TrainConfig, *, alone: bool = True) -> None:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         tailors = {name: p for name, p in trained.items() if ".tailor_" in name}
         classes = {name: p for name, p in trained.items() if name.startswith("class_embed.")}
         self.shared = {n: p for n, p in trained.items() if n not in tailors and n not in classes}
         self.parameters = list(trained.values())
         self.config = config
+        self.apart = Apart(model, tailors) if alone and tailors and isinstance(model.gate, TableGate) else None
+        self.rows: list[nn.Parameter] = []
+        """The step's tailors, while they stand apart from their banks."""
         self.tailors, self.classes = RowAdam(list(tailors.values())), RowAdam(list(classes.values()))
         components = {f"{name}.{leaf}" for name, _ in model.named_matrices() for leaf in ("u", "sigma", "v")}
         decays = [p for n, p in self.shared.items() if p.ndim > 1 and n not in components]
@@ -87,6 +96,23 @@ class Optimiser:
         groups = [group for group in groups if group["params"]]
         self.adamw = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True) if groups else None
 
+    @contextlib.contextmanager
+    def of_slots(self, slots: Tensor, count: int = 0) -> Iterator[None]:
+        """Around the forward and backward passes of a step: the tailors of these slots, and no others, get gradients.
+
+        count: as many rows as any step has, where shapes must stay the same.
+        """
+        self.zero_grad()
+        if self.apart is None:
+            yield
+            return
+        with self.apart.slots(slots, count) as self.rows:
+            yield
+
+    def clip(self, largest: float) -> Tensor:
+        """Scale all gradients so that their norm is at most this; returns the norm they had."""
+        return torch.nn.utils.clip_grad_norm_([*self.parameters, *self.rows], largest)
+
     def step(self, *, factor: float, slots: Tensor, ids: Tensor) -> None:
         """One step at `factor` times the peak learning rates; of the classes only these slots and ids move."""
         if self.adamw is not None:
@@ -94,10 +120,12 @@ class Optimiser:
                 group["lr"] = self.config.lr * factor
             self.adamw.step()
         tailor_lr = self.config.tailor_lr or self.config.lr
-        self.tailors.step(slots, tailor_lr * factor)
+        own = [_gradient(row)[: len(slots)] for row in self.rows] or None
+        self.tailors.step(slots, tailor_lr * factor, own)
         self.classes.step(ids, tailor_lr * factor)
 
     def zero_grad(self) -> None:
+        self.rows = []
         for parameter in self.parameters:
             parameter.grad = None
 

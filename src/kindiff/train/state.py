@@ -50,7 +50,7 @@ class State:
             shell=shell,
             module=spread(model, config.parallel, device, ranks),  # in place, where it is: before all below
             model=model,
-            optimiser=Optimiser(model, config),
+            optimiser=Optimiser(model, config, alone=ranks.count == 1),
             ema=Ema(model, config.ema),
             loss_sum=torch.zeros((), device=device),
         )

@@ -1,0 +1,56 @@
+"""The tailors of a step's classes as tensors of their own, so that absent classes cost no gradient.
+
+A bank's gradient is as large as the bank and almost all zero: filling, clipping and reading it would take more of a
+step than the tailors themselves, and its size grows with the number of classes.
+
+S slots of a bank, n slots of a step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from kindiff.components.gates import TableGate
+from kindiff.models.dit import DiT
+
+
+class Apart:
+    """A model's banks of tailors that train; `slots` puts a step's rows in their place."""
+
+    def __init__(self, model: DiT, banks: dict[str, nn.Parameter]) -> None:
+        assert isinstance(model.gate, TableGate)
+        self.gate = model.gate
+        self.banks = [
+            (model.get_submodule(owner), leaf, bank)
+            for name, bank in banks.items()
+            for owner, _, leaf in [name.rpartition(".")]
+        ]
+
+    @contextlib.contextmanager
+    def slots(self, slots_n: Tensor, count: int = 0) -> Iterator[list[nn.Parameter]]:
+        """Within, forward and backward, each bank has these n rows (each once), and the gate knows them by their place.
+
+        Yields them in the banks' order, the rows first; their gradients are the banks' own. count: rows to fill up
+        to, of which no sample has any, so that shapes stay the same from step to step.
+        """
+        table_CK = self.gate.slots_CK
+        rows = slots_n if len(slots_n) else slots_n.new_zeros(1)
+        if len(rows) < count:
+            rows = torch.cat([rows, rows[:1].expand(count - len(rows))])
+        rows = rows.to(table_CK.device)
+        place_S = rows.new_zeros(len(self.banks[0][2]))
+        place_S[rows[: len(slots_n)]] = torch.arange(len(slots_n), device=rows.device)
+        leaves = [nn.Parameter(bank.detach()[rows]) for _, _, bank in self.banks]
+        try:
+            self.gate.slots_CK = place_S[table_CK]
+            for (owner, leaf, _), own in zip(self.banks, leaves, strict=True):
+                setattr(owner, leaf, own)
+            yield leaves
+        finally:
+            self.gate.slots_CK = table_CK
+            for owner, leaf, bank in self.banks:
+                setattr(owner, leaf, bank)

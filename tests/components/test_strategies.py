@@ -1,0 +1,135 @@
+"""Every way of computing component matrices against the plain one: a dense matrix for each sample, by autograd."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kindiff.components import ComponentLinear, set_strategy_
+from kindiff.components.strategy import choose
+from kindiff.errors import UsageError
+from kindiff.models import DiT, Gating
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+I_, O_ = 24, 40
+
+
+def layers(rank: int | None, count: int) -> list[ComponentLinear]:
+    torch.manual_seed(count)
+    made = [ComponentLinear(I_, O_, rank=rank, slots=5, tailor_rank=3) for _ in range(count)]
+    for layer in made:
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    return made
+
+
+def gatings() -> dict[str, Gating]:
+    one = torch.tensor([[0], [3], [3], [1], [0]])
+    on = torch.tensor([[1.0], [1.0], [0.0], [1.0], [0.0]])
+    return {
+        "one class": Gating(torch.full_like(one, 2), torch.ones_like(on)),
+        "mixed, some off": Gating(one, on),
+        "two slots": Gating(torch.cat([one, torch.full_like(one, 4)], 1), torch.cat([on, torch.ones_like(on)], 1)),
+        "soft": Gating(torch.arange(5).expand(5, 5), torch.linspace(0.1, 0.9, 25).view(5, 5)),
+    }
+
+
+def reference(layer: ComponentLinear, x_BTI: Tensor, gating: Gating) -> Tensor:
+    common = layer.weight if layer.rank is None else (layer.u.T * layer.sigma) @ layer.v
+    ys = []
+    for x, slots_K, weights_K in zip(x_BTI, *gating, strict=True):
+        weight = common
+        for slot, on in zip(slots_K, weights_K, strict=True):
+            weight = weight + (layer.tailor_u[slot].T * layer.tailor_sigma[slot] * on) @ layer.tailor_v[slot]
+        ys.append(x @ weight.T + layer.bias)
+    return torch.stack(ys)
+
+
+def results(made: list[ComponentLinear], gating: Gating, dtype: torch.dtype | None) -> list[Tensor]:
+    """Outputs and all gradients; dtype None: the reference, in float64."""
+    made = copy.deepcopy(made)
+    x = torch.linspace(-1, 1, 5 * 6 * I_).sin().view(5, 6, I_)
+    if dtype is None:
+        made, x = [layer.double() for layer in made], x.double()
+        gating = Gating(gating.slots_BK, gating.weights_BK.double())
+    x.requires_grad_()
+    if dtype is None:
+        ys = [reference(layer, x, gating) for layer in made]
+    else:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            ys = ComponentLinear.together(made, x, gating)
+    wave = torch.linspace(0, 50, 5 * 6 * O_, dtype=torch.float64).cos().view(5, 6, O_)
+    sum((y.double() * (wave + i)).sum() for i, y in enumerate(ys)).backward()
+    parameters = [p for layer in made for p in layer.parameters() if p.requires_grad]
+    return [*(y.detach() for y in ys), x.grad, *(p.grad for p in parameters)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("mix", gatings())
+@pytest.mark.parametrize(("rank", "strategy"), [(8, "gathered"), (8, "joined"), (None, "gathered")])
+def test_the_same_as_plain_matrices_forward_and_backward(rank, strategy, mix, count, dtype) -> None:
+    made = layers(rank, count)
+    for layer in made:
+        layer.strategy = strategy
+    gating = gatings()[mix]
+    for own, plain in zip(results(made, gating, dtype), results(made, gating, None), strict=True):
+        error = (own.double() - plain).norm() / plain.norm()
+        assert error < TOLERANCE[dtype], (error, own.shape)
+
+
+@pytest.mark.parametrize("strategy", ["gathered", "joined"])
+def test_what_is_frozen_gets_no_gradient_and_changes_none(strategy: str) -> None:
+    """As in transfer: the learngenes are frozen, the tailors train; and the other way round."""
+    gating = gatings()["mixed, some off"]
+    for frozen in ("tailor_", ("u", "v", "sigma", "bias")):
+        made = layers(8, 3)
+        for layer in made:
+            layer.strategy = strategy
+        everything = results(made, gating, torch.float32)[4:]
+        names = [(i, n) for i, layer in enumerate(made) for n, _ in layer.named_parameters()]
+        for layer in made:
+            for name, parameter in layer.named_parameters():
+                parameter.requires_grad_(not name.startswith(frozen) if frozen == "tailor_" else name not in frozen)
+        part = results(made, gating, torch.float32)[4:]
+        kept = [g for (i, n), g in zip(names, everything, strict=True) if dict(made[i].named_parameters())[n].requires_grad]
+        for a, b in zip(part, kept, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_the_gates_weights_learn_where_they_are_soft() -> None:
+    layer = layers(8, 1)[0]
+    layer.strategy = "joined"  # has no gradient for them, and must not be taken
+    slots, weights = gatings()["soft"]
+    x = torch.randn(5, 6, I_, generator=torch.Generator().manual_seed(1))
+    grads = []
+    for compute in (lambda w: layer(x, Gating(slots, w)), lambda w: reference(layer, x, Gating(slots, w))):
+        own = weights.clone().requires_grad_()
+        compute(own).square().sum().backward()
+        grads.append(own.grad)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+def test_the_rule() -> None:
+    few = dict(on=1, device="cpu", dtype=torch.float32)
+    assert choose("auto", slots=6, training=True, **few).name == "joined"
+    assert choose("auto", slots=7, training=True, **few).name == "gathered"
+    assert choose("auto", slots=7, training=True, **few | {"dtype": torch.bfloat16}).name == "joined"
+    assert choose("auto", slots=7, training=True, **few | {"on": 2}).name == "joined"
+    assert choose("auto", slots=1, training=False, **few).name == "gathered"
+    assert choose("joined", slots=900, training=False, **few).name == "joined"
+    assert "6" in choose("auto", slots=7, training=True, **few).why
+
+
+def test_it_can_be_overruled(kind_model: DiT, inputs) -> None:
+    with torch.no_grad():
+        usual = kind_model(*inputs)
+        joined = set_strategy_(kind_model, "joined")(*inputs)
+        assert not joined.equal(usual)
+        torch.testing.assert_close(joined, usual, rtol=1e-4, atol=1e-4)
+        assert set_strategy_(kind_model, "auto")(*inputs).equal(usual)
+    with pytest.raises(UsageError, match="gathered or joined"):
+        set_strategy_(kind_model, "sorted")
