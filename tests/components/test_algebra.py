@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from conftest import NAMES, randomised
-from kindiff.components import ComponentLinear, SoftGate, canonical, decompose, factorize, svd
+from kindiff.components import (
+    ComponentLinear,
+    SoftGate,
+    canonical,
+    decompose,
+    factorize,
+    load_components,
+    save_components,
+    svd,
+)
 from kindiff.components.algebra import Factors
 from kindiff.components.gates import TableGate
 from kindiff.config import KindConfig
@@ -225,3 +234,22 @@ def test_wrong_models_are_refused(dense: DiT, kind_model: DiT) -> None:
         factorize(kind_model, KindConfig(learngene_rank=3, tailor_rank=1))
     with pytest.raises(UsageError, match="larger than the full rank 32"):
         factorize(dense, KindConfig(learngene_rank=33, tailor_rank=1))
+
+
+def test_parts_without_tailors_are_saved_read_and_given_new_ones(kind_model: DiT, inputs, tmp_path) -> None:
+    """No gate: the whole active rank is learngenes, and a class is its embedding alone."""
+    x, t, ids = inputs
+    plain = decompose(kind_model).recombine()
+    none = factorize(
+        DiT(plain.config, classes=plain.classes),
+        KindConfig(learngene_rank=6, tailor_rank=0, init="per-factor"),
+    )
+    parts = decompose(none)
+    assert parts.targets == ()
+    save_components(parts, tmp_path / "parts")
+    read = load_components(tmp_path / "parts")
+    assert torch.equal(read.recombine()(x, t, ids), none(x, t, ids))
+    fresh = read.with_new_tailors(["owl"], rank=2)
+    assert fresh.structure["tailor_rank"] == 2
+    one = torch.zeros_like(ids)
+    torch.testing.assert_close(fresh(x, t, one), fresh(x, t, one, one + 1))

@@ -32,7 +32,9 @@ def gatings() -> dict[str, Gating]:
     return {
         "one class": Gating(torch.full_like(one, 2), torch.ones_like(on)),
         "mixed, some off": Gating(one, on),
-        "two slots": Gating(torch.cat([one, torch.full_like(one, 4)], 1), torch.cat([on, torch.ones_like(on)], 1)),
+        "two slots": Gating(
+            torch.cat([one, torch.full_like(one, 4)], 1), torch.cat([on, torch.ones_like(on)], 1)
+        ),
         "soft": Gating(torch.arange(5).expand(5, 5), torch.linspace(0.1, 0.9, 25).view(5, 5)),
     }
 
@@ -93,9 +95,15 @@ def test_what_is_frozen_gets_no_gradient_and_changes_none(strategy: str) -> None
         names = [(i, n) for i, layer in enumerate(made) for n, _ in layer.named_parameters()]
         for layer in made:
             for name, parameter in layer.named_parameters():
-                parameter.requires_grad_(not name.startswith(frozen) if frozen == "tailor_" else name not in frozen)
+                parameter.requires_grad_(
+                    not name.startswith(frozen) if frozen == "tailor_" else name not in frozen
+                )
         part = results(made, gating, torch.float32)[4:]
-        kept = [g for (i, n), g in zip(names, everything, strict=True) if dict(made[i].named_parameters())[n].requires_grad]
+        kept = [
+            g
+            for (i, n), g in zip(names, everything, strict=True)
+            if dict(made[i].named_parameters())[n].requires_grad
+        ]
         for a, b in zip(part, kept, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
@@ -114,14 +122,16 @@ def test_the_gates_weights_learn_where_they_are_soft() -> None:
 
 
 def test_the_rule() -> None:
-    few = dict(on=1, device="cpu", dtype=torch.float32)
-    assert choose("auto", slots=6, training=True, **few).name == "joined"
-    assert choose("auto", slots=7, training=True, **few).name == "gathered"
-    assert choose("auto", slots=7, training=True, **few | {"dtype": torch.bfloat16}).name == "joined"
-    assert choose("auto", slots=7, training=True, **few | {"on": 2}).name == "joined"
-    assert choose("auto", slots=1, training=False, **few).name == "gathered"
-    assert choose("joined", slots=900, training=False, **few).name == "joined"
-    assert "6" in choose("auto", slots=7, training=True, **few).why
+    few = {"on": 1, "components": 4, "device": "cpu", "dtype": torch.float32, "training": True}
+    assert choose("auto", slots=12, **few).name == "joined"
+    assert choose("auto", slots=13, **few).name == "gathered"
+    assert choose("auto", slots=13, **few | {"dtype": torch.bfloat16}).name == "joined"
+    assert choose("auto", slots=13, **few | {"on": 2}).name == "joined"
+    assert choose("auto", slots=13, **few | {"components": 3}).name == "joined"
+    assert choose("auto", slots=1, **few | {"training": False}).name == "gathered"
+    assert choose("joined", slots=900, **few | {"training": False}).name == "joined"
+    assert choose("auto", slots=5, **few | {"device": "cuda"}).name == "gathered"
+    assert "48" in choose("auto", slots=13, **few).why
 
 
 def test_it_can_be_overruled(kind_model: DiT, inputs) -> None:

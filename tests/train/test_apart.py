@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,15 +14,19 @@ from torch._dynamo.utils import counters
 from conftest import NAMES
 from kindiff.config import TrainConfig
 from kindiff.models import DiT
+from kindiff.train import pretrain
 from kindiff.train.optimiser import Optimiser
+from toys import toy, write_shapes
 
 
-def step(model: DiT, optimiser: Optimiser, ids: torch.Tensor, gate_ids: torch.Tensor, count: int = 0) -> torch.Tensor:
+def step(
+    model: DiT, optimiser: Optimiser, ids: torch.Tensor, gate_ids: torch.Tensor, count: int = 0
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(int(ids.sum()))
     x = torch.randn(len(ids), 3, 8, 8, generator=generator).to(model.positions_TD)
     t = torch.rand(len(ids), generator=generator).to(x) * 1000
     slots = model.gate.slots_on(gate_ids)
-    with optimiser.of_slots(slots, count):
+    with optimiser.of_slots(slots, images):
         model(x, t, ids, gate_ids).square().mean().backward()
     norm = optimiser.clip(0.1)
     optimiser.step(factor=1.0, slots=slots, ids=torch.unique(ids))
@@ -34,8 +41,8 @@ def mixes(count: int):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("count", [0, 6])
-def test_steps_are_those_of_the_whole_banks(kind_model: DiT, recompute: bool, count: int) -> None:
+@pytest.mark.parametrize("images", [0, 6])
+def test_steps_are_those_of_the_whole_banks(kind_model: DiT, recompute: bool, images: int) -> None:
     """float64: clipping, moments and updates of ten steps, null and dropped gates among them."""
     apart = copy.deepcopy(kind_model).double().train()
     whole = copy.deepcopy(apart)
@@ -44,7 +51,7 @@ def test_steps_are_those_of_the_whole_banks(kind_model: DiT, recompute: bool, co
     own = Optimiser(apart, TrainConfig(lr=1e-2))
     other = Optimiser(whole, TrainConfig(lr=1e-2), alone=False)
     for ids, gate_ids in mixes(10):
-        a, b = step(apart, own, ids, gate_ids, count), step(whole, other, ids, gate_ids)
+        a, b = step(apart, own, ids, gate_ids, images), step(whole, other, ids, gate_ids)
         torch.testing.assert_close(a, b, rtol=1e-10, atol=0)
         assert all(bank.grad is None for bank in banks)
     for (name, a), (_, b) in zip(apart.named_parameters(), whole.named_parameters(), strict=True):
@@ -57,9 +64,14 @@ def test_steps_are_those_of_the_whole_banks(kind_model: DiT, recompute: bool, co
 def test_the_banks_are_back_after_an_error(kind_model: DiT) -> None:
     optimiser = Optimiser(kind_model, TrainConfig())
     before = dict(kind_model.named_parameters())
-    with pytest.raises(RuntimeError, match="stop"), optimiser.of_slots(torch.tensor([2])):
-        assert len(kind_model.blocks[0].q.tailor_u) == 1
-        raise RuntimeError("stop")
+
+    def fail() -> None:
+        with optimiser.of_slots(torch.tensor([2])):
+            assert len(kind_model.blocks[0].q.tailor_u) == 1
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
     assert all(p is before[name] for name, p in kind_model.named_parameters())
 
 
@@ -73,10 +85,24 @@ def test_a_compiled_step_is_one_graph_for_all_class_mixes(kind_model: DiT) -> No
     own, other = Optimiser(kind_model, TrainConfig(lr=1e-3)), Optimiser(eager, TrainConfig(lr=1e-3))
     for i, (ids, gate_ids) in enumerate(mixes(100)):
         with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
-            step(kind_model, own, ids, gate_ids, count=6)
+            step(kind_model, own, ids, gate_ids, images=6)
         step(eager, other, ids, gate_ids)
     for (name, a), (_, b) in zip(kind_model.named_parameters(), eager.named_parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_run_compiles(tmp_path: Path) -> None:
+    """The loop itself, compiled by the default backend, against the same run without."""
+    found = []
+    config = toy(write_shapes(tmp_path / "shapes"))
+    for on in (False, True):
+        train = replace(config.train, steps=4, compile=on, precision="fp32")
+        found.append(pretrain(replace(config, train=train), tmp_path / f"run-{on}").model)
+    for (name, a), (_, b) in zip(*(model.named_parameters() for model in found), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
     torch._dynamo.reset()

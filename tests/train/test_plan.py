@@ -53,7 +53,9 @@ def test_the_plan_counts_the_model_that_trains(shapes: Path, method: str) -> Non
     assert plan.dense_macs == counted_macs(DiT(model.config))
     banks = sum(p.numel() for n, p in model.named_parameters() if ".tailor_" in n)
     assert plan.memory["weights"] == plan.memory["average"] == 4 * count
-    assert plan.memory["gradients"] == 4 * (count + banks)  # 4 images may have all 4 classes: their rows and gradients
+    assert plan.memory["gradients"] == 4 * (
+        count + banks
+    )  # 4 images may have all 4 classes: their rows and gradients
     assert plan.memory["optimiser"] == 8 * count
     assert outline(config, expected(config.data)).state_dict().keys() == model.state_dict().keys()
     found = re.search(r"([\d.e-]+) s a step, about .* \(median of 3 steps of 4 images on cpu", plan.time)

@@ -22,11 +22,15 @@ class Args:
     """Model directory, components directory, or a design (recipes/designs/*.toml)."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print a JSON object."""
+    explain_cost: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Say in which of several equal ways the matrices will be computed, and why."""
+    images: int = 8
+    """Images of the batch that --explain-cost speaks of."""
 
 
 def run(args: Args) -> None:
     """Print the table."""
-    facts = report(args.path)
+    facts = report(args.path, images=args.images)
     if args.json:
         print(json.dumps(facts, indent=1))
         return
@@ -47,9 +51,11 @@ def run(args: Args) -> None:
         f"this one saves {saved:.4f} GMACs\n"
         "GMACs: multiply-accumulates of one forward pass of one image, attention included"
     )
+    if args.explain_cost:
+        print("\nhow it is computed:", *facts["how"], sep="\n  ")
 
 
-def report(path: Path) -> dict[str, Any]:
+def report(path: Path, images: int = 8) -> dict[str, Any]:
     """The figures of a model, parts directory or design, as plain values."""
     from kindiff import checkpoint
     from kindiff.components import load_components
@@ -58,7 +64,7 @@ def report(path: Path) -> dict[str, Any]:
     from kindiff.models import DiT
 
     if path.suffix == ".toml":
-        return _figures(design(load_recipe(path, DesignConfig)), "design", 0)
+        return _figures(design(load_recipe(path, DesignConfig)), "design", 0, images)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(
             f"{path} is neither a model nor a components directory: it has no config.json."
@@ -66,13 +72,14 @@ def report(path: Path) -> dict[str, Any]:
     kind = checkpoint.read_json(path / "config.json").get("kind")
     disk = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     if kind == "components":
-        return _figures(load_components(path).recombine(layers="factored"), "components", disk)
-    return _figures(DiT.from_pretrained(path), "model", disk)
+        return _figures(load_components(path).recombine(layers="factored"), "components", disk, images)
+    return _figures(DiT.from_pretrained(path), "model", disk, images)
 
 
-def _figures(model: DiT, kind: str, disk: int) -> dict[str, Any]:
+def _figures(model: DiT, kind: str, disk: int, images: int) -> dict[str, Any]:
     import torch
 
+    from kindiff.components.strategy import explain
     from kindiff.evaluate.cost import closed_macs, cost_table, tailor_parameters, total
     from kindiff.models import DiT
 
@@ -98,4 +105,5 @@ def _figures(model: DiT, kind: str, disk: int) -> dict[str, Any]:
         "per_class": {"parameters": own, "bytes": own * 4},
         "dense": {"parameters": dense, "macs": sum(closed_macs(config).values())},
         "disk_bytes": disk,
+        "how": explain(model, images),
     }

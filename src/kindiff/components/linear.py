@@ -68,9 +68,7 @@ class ComponentLinear(nn.Module):
         outputs = [F.linear(x_BTI, layer.weight, layer.bias) for layer in layers]
         if layers[0].has_tailors:
             assert gating is not None, "a layer with tailors needs a gate"
-            return [
-                add_tailors(layer, y, x_BTI, gating) for layer, y in zip(layers, outputs, strict=True)
-            ]
+            return [add_tailors(layer, y, x_BTI, gating) for layer, y in zip(layers, outputs, strict=True)]
         return outputs
 
     @torch.no_grad()
@@ -84,4 +82,3 @@ class ComponentLinear(nn.Module):
             scale_M = (self.tailor_sigma[slots_K] * weights_K.unsqueeze(1)).flatten()
             weight_OI = weight_OI + (u_MO.T * scale_M) @ v_MI
         return weight_OI
-

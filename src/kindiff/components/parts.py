@@ -262,7 +262,8 @@ def decompose(model: DiT) -> Components:
                 )
                 tensors |= _named(matrix, own)
         tailors[name] = tensors
-    return Components(model.config, tuple(model.structure["targets"]), learngenes, tailors)
+    targets = tuple(m for m in model.structure["targets"] if any(f".{m}.sigma" in key for key in tensors))
+    return Components(model.config, targets, learngenes, tailors)
 
 
 def learngenes_of(model: DiT) -> dict[str, Tensor]:

@@ -30,24 +30,26 @@ def products(layers: Sequence[ComponentLinear], x_BTI: Tensor, gating: Gating | 
     """
     dtype = x_BTI.dtype
     us = [layer.u * layer.sigma.unsqueeze(1) for layer in layers]
-    vs = [layer.v for layer in layers]
+    vs: list[Tensor] = [layer.v for layer in layers]
     biases = [None if layer.bias is None else layer.bias.to(dtype) for layer in layers]
-    mask_B1J = v_BMI = None
+    mask_B1J = v_own = None
     own: list[Tensor] = []
     if layers[0].has_tailors:
         assert gating is not None, "a layer with tailors needs a gate"
-        if strategy_of(layers[0], gating, dtype).name == "joined":
-            mask_B1J = _columns(layers[0], gating).unsqueeze(1).to(dtype)
-            banks = [layer.tailor_u * layer.tailor_sigma.unsqueeze(2) for layer in layers]
-            us = [torch.cat([u, bank.flatten(0, 1)]) for u, bank in zip(us, banks, strict=True)]
-            vs = [v for layer in layers for v in (layer.v, layer.tailor_v.flatten(0, 1))]
-        else:
+        if strategy_of(layers[0], gating, dtype).name == "gathered":
             gathered = [_gather(layer, gating, dtype) for layer in layers]
-            v_BMI = torch.cat([v for _, v in gathered], dim=1) if len(layers) > 1 else gathered[0][1]
-            own = [u for u, _ in gathered]
-    v_RI = torch.cat(vs) if len(vs) > 1 else vs[0]
+            own, v_own = [u for u, _ in gathered], _stack([v for _, v in gathered], dim=1)
+        else:
+            mask_B1J = _columns(layers[0], gating).unsqueeze(1).to(dtype)
+            bank = [(layer.tailor_u * layer.tailor_sigma.unsqueeze(2)).flatten(0, 1) for layer in layers]
+            v_bank = [layer.tailor_v.flatten(0, 1) for layer in layers]
+            if layers[0].u.requires_grad:
+                us = [torch.cat(pair) for pair in zip(us, bank, strict=True)]
+                vs = [v for pair in zip(vs, v_bank, strict=True) for v in pair]
+            else:  # the bank beside the learngenes, whose gradients nobody asks for
+                own, v_own = [u.to(dtype) for u in bank], _stack(v_bank).to(dtype)
     us = [u.to(dtype) for u in us]
-    return list(_Products.apply(x_BTI, v_RI.to(dtype), mask_B1J, v_BMI, *us, *biases, *own))
+    return list(_Products.apply(x_BTI, _stack(vs).to(dtype), mask_B1J, v_own, *us, *biases, *own))
 
 
 def add_tailors(layer: ComponentLinear, y_BTO: Tensor, x_BTI: Tensor, gating: Gating) -> Tensor:
@@ -71,78 +73,103 @@ def _columns(layer: ComponentLinear, gating: Gating) -> Tensor:
     return weights_BS.scatter_add(1, gating.slots_BK, gating.weights_BK).repeat_interleave(count, dim=1)
 
 
-class _Products(torch.autograd.Function):
-    """y_i = h_i U_i + b_i with h = x V^T, and for a sample's own tailors (x v^T) u_i on top.
+def _stack(tensors: list[Tensor], dim: int = 0) -> Tensor:
+    return torch.cat(tensors, dim=dim) if len(tensors) > 1 else tensors[0]
 
-    With a mask the last J rows of each U_i, and of each layer's part of V, are the bank: a sample's columns of h
-    are multiplied by its mask, so that the others' tailors give nothing. Only the gradients that are asked for are
-    computed.
+
+class _Products(torch.autograd.Function):
+    """y_i = h_i U_i + b_i with h = x V^T, and (x v^T) u_i on top where there are v and u_i of tailors' own.
+
+    Those are each sample's (B, M, I) and (B, M, O), or a bank's (J, I) and (J, O) with a mask: a sample's columns of
+    the products with V are multiplied by its mask, so that the others' tailors give nothing. A mask without v is for
+    a bank that stands in the last J rows of each U_i and of each layer's part of V. Only the gradients that are asked
+    for are computed.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x_BTI: Tensor, v: Tensor, mask_B1J: Tensor | None, v_BMI: Tensor | None, *factors: Any
+        ctx: Any, x_BTI: Tensor, v: Tensor, mask_B1J: Tensor | None, v_own: Tensor | None, *factors: Any
     ) -> tuple[Tensor, ...]:
-        count = len(factors) // (2 if v_BMI is None else 3)
+        count = len(factors) // (2 if v_own is None else 3)
         us, biases, own = factors[:count], factors[count : 2 * count], factors[2 * count :]
         batch, tokens, _ = x_BTI.shape
-        x = x_BTI.reshape(batch * tokens, -1)
+        x = _rows(x_BTI)
         h = x @ v.T
         parts = h.split([len(u) for u in us], dim=1)
-        if mask_B1J is not None:
+        if mask_B1J is not None and v_own is None:
             _mask_(parts, mask_B1J)
-        ys = tuple(
-            (part @ u if bias is None else torch.addmm(bias, part, u)).view(batch, tokens, -1)
+        ys = [
+            part @ u if bias is None else torch.addmm(bias, part, u)
             for bias, part, u in zip(biases, parts, us, strict=True)
-        )
-        h_BTM = None
-        if v_BMI is not None:
-            h_BTM = torch.bmm(x_BTI, v_BMI.transpose(1, 2))
-            for y_BTO, part_BTM, u_BMO in zip(
-                ys, h_BTM.split([u.shape[1] for u in own], dim=2), own, strict=True
-            ):
-                y_BTO.baddbmm_(part_BTM, u_BMO)
-        learn_u = any(ctx.needs_input_grad[4 : 4 + count])
-        keep_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-        ctx.count, ctx.batch = count, batch
-        ctx.save_for_backward(x if keep_x else None, h if learn_u else None, v, mask_B1J, v_BMI, h_BTM, *us, *own)
-        return ys
-
-    @staticmethod
-    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, v, mask_B1J, v_BMI, h_BTM, *factors = ctx.saved_tensors
-        us, own = factors[: ctx.count], factors[ctx.count :]
-        batch, needs = ctx.batch, ctx.needs_input_grad
-        need_u, need_b = needs[4 : 4 + ctx.count], needs[4 + ctx.count : 4 + 2 * ctx.count]
-        sizes = [len(u) for u in us]
-        flat = [dy.reshape(-1, dy.shape[2]) for dy in dys]
-        dx = dv = dv_BMI = None
-        if needs[0] or needs[1]:
-            parts = [dy @ u.T for dy, u in zip(flat, us, strict=True)]
+        ]
+        h_own = None
+        if v_own is not None:
+            h_own = (x_BTI if v_own.ndim == 3 else x) @ v_own.mT
+            parts = h_own.split([u.shape[-2] for u in own], dim=-1)
             if mask_B1J is not None:
                 _mask_(parts, mask_B1J)
-            dh = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-            if needs[0]:
-                dx = (dh @ v).view(batch, -1, v.shape[1])
-            if needs[1]:
-                dv = dh.T @ x
-        du_own: list[Tensor] = []
-        if v_BMI is not None:
-            narrow = [torch.bmm(dy, u.transpose(1, 2)) for dy, u in zip(dys, own, strict=True)]
-            dh_BTM = torch.cat(narrow, dim=2) if len(narrow) > 1 else narrow[0]
+            for y, part, u in zip(ys, parts, own, strict=True):
+                _add_product_(y, part, u)
+        ctx.count, ctx.batch = count, batch
+        needs = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if needs[1] or needs[3] else None, h if any(needs[4 : 4 + count]) else None, v, mask_B1J, v_own, h_own,
+            *us, *own,
+        )  # fmt: skip
+        return tuple(y.view(batch, tokens, -1) for y in ys)
+
+    @staticmethod
+    def backward(ctx: Any, *dys_BTO: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, v, mask_B1J, v_own, h_own, *factors = ctx.saved_tensors
+        count, needs = ctx.count, ctx.needs_input_grad
+        us, own = factors[:count], factors[count:]
+        dys = [_rows(dy) for dy in dys_BTO]
+        dx = dv = dv_own = None
+        if needs[0] or needs[1]:
+            parts = [dy @ u.T for dy, u in zip(dys, us, strict=True)]
+            if mask_B1J is not None and v_own is None:
+                _mask_(parts, mask_B1J)
+            dh = _stack(parts, dim=1)
+            dx = dh @ v if needs[0] else None
+            dv = dh.T @ x if needs[1] else None
+        need_u, need_b, need_own = (
+            needs[4 : 4 + count],
+            needs[4 + count : 4 + 2 * count],
+            needs[4 + 2 * count :],
+        )
+        pieces = h.split([len(u) for u in us], dim=1) if h is not None else [None] * count
+        du = [part.T @ dy if need else None for need, part, dy in zip(need_u, pieces, dys, strict=True)]
+        db = [dy.sum(dim=0) if need else None for need, dy in zip(need_b, dys, strict=True)]
+        du_own: list[Tensor | None] = []
+        if v_own is not None:
+            own_dys = dys_BTO if v_own.ndim == 3 else dys
+            parts = [dy @ u.mT for dy, u in zip(own_dys, own, strict=True)]
+            if mask_B1J is not None:
+                _mask_(parts, mask_B1J)
+            dh_own = _stack(parts, dim=-1)
             if dx is not None:
-                dx.baddbmm_(dh_BTM, v_BMI)
+                _add_product_(dx, dh_own, v_own)
             if needs[3]:
-                dv_BMI = torch.bmm(dh_BTM.transpose(1, 2), x.view(batch, -1, x.shape[1]))
-            if needs[-1]:
-                parts_BTM = h_BTM.split([u.shape[1] for u in own], dim=2)
-                du_own = [torch.bmm(p.transpose(1, 2), dy) for p, dy in zip(parts_BTM, dys, strict=True)]
-            else:
-                du_own = [None] * len(own)  # type: ignore[list-item]
-        pieces = h.split(sizes, dim=1) if h is not None else [None] * ctx.count
-        du = [p.T @ dy if need else None for need, p, dy in zip(need_u, pieces, flat, strict=True)]
-        db = [dy.sum(dim=0) if need else None for need, dy in zip(need_b, flat, strict=True)]
-        return dx, dv, None, dv_BMI, *du, *db, *du_own
+                dv_own = dh_own.mT @ (x.view(ctx.batch, -1, x.shape[1]) if v_own.ndim == 3 else x)
+            pieces = h_own.split([u.shape[-2] for u in own], dim=-1)
+            du_own = [
+                part.mT @ dy if need else None
+                for need, part, dy in zip(need_own, pieces, own_dys, strict=True)
+            ]
+        dx_BTI = None if dx is None else dx.view(ctx.batch, -1, dx.shape[1])
+        return dx_BTI, dv, None, dv_own, *du, *db, *du_own
+
+
+def _rows(x_BTI: Tensor) -> Tensor:
+    return x_BTI.reshape(-1, x_BTI.shape[2])
+
+
+def _add_product_(y: Tensor, a: Tensor, b: Tensor) -> None:
+    """y (rows, O) += a b in place; of three dimensions, a and b have a matrix for each sample."""
+    if a.ndim == 3:
+        y.view(len(a), -1, y.shape[1]).baddbmm_(a, b)
+    else:
+        y.addmm_(a, b)
 
 
 def _mask_(parts: Sequence[Tensor], mask_B1J: Tensor) -> None:

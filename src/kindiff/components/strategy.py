@@ -2,11 +2,12 @@
 
 factored  learngenes as two thin products; or dense, folded into one weight. Decided when a model is recombined.
 gathered  a sample's own tailors as narrow batched products, added to the learngenes' output.
-joined    all tailors of the bank in the learngenes' products, each sample's columns masked: no narrow products and
-          no copies, for S times the tailors' multiplications. For few slots, and in training only: without gradients
-          a model and one recombined from it are to agree to the bit, whatever other classes they have.
+joined    all tailors of the bank in the learngenes' products (beside them where those are frozen), each sample's
+          columns masked: no narrow products and no copies for each sample, for S times the tailors' multiplications.
+          For few slots, and in training only: without gradients a model and one recombined from it are to agree to
+          the bit, whatever other classes they have.
 
-S slots, K slots per sample.
+S slots, N components of a slot, K slots per sample.
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ if TYPE_CHECKING:
 
 Choice = Literal["auto", "gathered", "joined"]
 
-JOINED_UP_TO = {("cpu", torch.float32): 6, ("cpu", torch.bfloat16): 16}
-"""Slots for each one that a sample has, up to which `joined` is faster than `gathered`: one narrow product costs as
-much as so many times its operations within a wide one. Measured: `python benchmarks/strategies.py`."""
-JOINED_ELSEWHERE = 4
-"""The same where it was not measured."""
+JOINED_COLUMNS = {("cpu", torch.float32): 48, ("cpu", torch.bfloat16): 160}
+"""Components of a bank (S N, for each slot that a sample has) up to which `joined` is faster than `gathered`: a narrow
+product costs as much whatever its few columns are. Measured: `python benchmarks/strategies.py`."""
+UNMEASURED_COLUMNS = 16
+"""The same for other devices, until it is measured there."""
+FACTORED_SHARE = 0.85
+"""Learngenes are kept as components while these take at most this share of the dense matrices' multiplications: thin
+products are less efficient. Measured by the same command, in fp32 on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,11 @@ def strategy_of(layer: ComponentLinear, gating: Gating, dtype: torch.dtype) -> S
     return choose(
         layer.strategy,
         slots=len(layer.tailor_sigma),
+        components=layer.tailor_sigma.shape[1],
         on=gating.slots_BK.shape[1],
         device=layer.tailor_sigma.device.type,
         dtype=dtype,
-        training=torch.is_grad_enabled() and layer.tailor_u.requires_grad and layer.u.requires_grad,
+        training=torch.is_grad_enabled() and layer.tailor_u.requires_grad,
         weights_train=gating.weights_BK.requires_grad,
     )
 
@@ -58,23 +63,27 @@ def choose(
     wanted: Choice,
     *,
     slots: int,
+    components: int,
     on: int,
     device: str,
     dtype: torch.dtype,
     training: bool,
     weights_train: bool = False,
 ) -> Strategy:
-    """The rule itself. slots: S of the bank; on: K."""
+    """The rule itself. slots: S of the bank; components: N of a slot; on: K."""
     if weights_train:
         return Strategy("gathered", "the gate's weights train, and a mask has no gradient")
     if wanted != "auto":
         return Strategy(wanted, "asked for")
     if not training:
-        return Strategy("gathered", "learngenes or tailors do not train; equal to the bit for any set of classes")
-    limit = JOINED_UP_TO.get((device, dtype), JOINED_ELSEWHERE) * on
-    if slots <= limit:
-        return Strategy("joined", f"{slots} slots in the batch's bank, at most {limit}")
-    return Strategy("gathered", f"{slots} slots in the batch's bank, more than {limit}")
+        return Strategy("gathered", "no tailor trains: equal to the bit for any set of classes")
+    limit = JOINED_COLUMNS.get((device, dtype), UNMEASURED_COLUMNS) * on
+    size = f"{slots} slots x {components} components in a step's bank"
+    if slots <= on:
+        return Strategy("joined", f"{size}, all on for every sample")
+    if slots * components <= limit:
+        return Strategy("joined", f"{size}, at most {limit}")
+    return Strategy("gathered", f"{size}, more than {limit}")
 
 
 def set_strategy_(model: DiT, wanted: Choice) -> DiT:
@@ -83,17 +92,47 @@ def set_strategy_(model: DiT, wanted: Choice) -> DiT:
         raise UsageError(f"strategy {wanted!r} is not known; use auto, gathered or joined.")
     for module in model.modules():
         if hasattr(module, "strategy"):
-            module.strategy = wanted
+            module.strategy = wanted  # type: ignore[assignment]
     return model
 
 
 def factored_is_cheaper(config: DiTConfig, rank: int) -> bool:
-    """Whether learngenes of this rank cost fewer multiplications as components than as dense weights."""
+    """Whether learngenes of this rank are faster as components than folded into dense weights."""
     factored, dense = matrix_macs(config, rank)
-    return factored < dense
+    return factored <= FACTORED_SHARE * dense
 
 
 def matrix_macs(config: DiTConfig, rank: int) -> tuple[int, int]:
     """Multiply-accumulates of one token in the matrices of a block: as components of a rank, and dense."""
     shapes = [config.matrix_shape(matrix) for matrix in MATRICES]
     return rank * sum(o + i for o, i in shapes), sum(o * i for o, i in shapes)
+
+
+def explain(model: DiT, images: int) -> list[str]:
+    """What the rule decides for a model and a batch of images, and why: a line a decision."""
+    structure = model.structure
+    if structure is None:
+        return ["dense matrices: nothing to choose"]
+    rank, on = structure["rank"], structure["gate_width"]
+    full = min(min(model.config.matrix_shape(matrix)) for matrix in MATRICES)
+    factored, dense = matrix_macs(model.config, rank or full)
+    if rank is None:
+        lines = ["learngenes: dense, as the model was recombined"]
+    else:
+        lines = [
+            f"learngenes: components of rank {rank}, {factored / dense:.2f} of the dense matrices' multiplications "
+            f"({'faster' if factored_is_cheaper(model.config, rank) else 'slower'} than dense: the limit is "
+            f"{FACTORED_SHARE})"
+        ]
+    if not structure["slots"] * structure["tailor_rank"]:
+        return [*lines, "tailors: none"]
+    slots = {"sampling": structure["slots"], "training": min(structure["slots"], images * on)}
+    for purpose, count in slots.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            found = choose(
+                "auto", slots=count, components=structure["tailor_rank"], on=on, device="cpu", dtype=dtype,
+                training=purpose == "training" and rank is not None, weights_train=structure["gate"] == "soft",
+            )  # fmt: skip
+            name = str(dtype).removeprefix("torch.")
+            lines.append(f"tailors, {purpose}, {name}, {images} images: {found.name}: {found.why}")
+    return lines

@@ -31,13 +31,14 @@ class Apart:
         ]
 
     @contextlib.contextmanager
-    def slots(self, slots_n: Tensor, count: int = 0) -> Iterator[list[nn.Parameter]]:
+    def slots(self, slots_n: Tensor, images: int = 0) -> Iterator[list[nn.Parameter]]:
         """Within, forward and backward, each bank has these n rows (each once), and the gate knows them by their place.
 
-        Yields them in the banks' order, the rows first; their gradients are the banks' own. count: rows to fill up
-        to, of which no sample has any, so that shapes stay the same from step to step.
+        Yields them in the banks' order, the rows first; their gradients are the banks' own. images: fill up to as many
+        rows as so many images can have, with rows that none has, so that shapes stay the same from step to step.
         """
         table_CK = self.gate.slots_CK
+        count = images * table_CK.shape[1]
         rows = slots_n if len(slots_n) else slots_n.new_zeros(1)
         if len(rows) < count:
             rows = torch.cat([rows, rows[:1].expand(count - len(rows))])

@@ -116,7 +116,7 @@ def _train(job: Job, state: State, saver: Saver, stop: list[int], writer: Any, f
                 batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
 
                 # Forward and backward.
-                with optimiser.of_slots(slots):
+                with optimiser.of_slots(slots, len(batch.ids_B) if config.compile else 0):
                     loss = _loss_and_gradients(state, batch, loss_function, config)
 
                 # Check (two numbers, the same on all ranks), step, average.

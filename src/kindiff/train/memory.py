@@ -52,7 +52,9 @@ def activations(
     config = model.config
     size, (per_width, per_hidden) = SIZE[precision], KEPT[precision]
     shapes = [config.matrix_shape(matrix) for matrix in MATRICES]
-    columns = gathered = rows = 0  # products with V that a token keeps; bytes of an image's own, of a step's tailors
+    columns = gathered = rows = (
+        0  # products with V that a token keeps; bytes of an image's own, of a step's tailors
+    )
     copies = sum(o * i for o, i in shapes) if precision == "bf16" else 0  # weights as the products take them
     if model.structure is not None:
         structure = from_dict(Structure, model.structure)
@@ -61,14 +63,16 @@ def activations(
         on = structure.slots if structure.gate == "soft" else structure.gate_width
         slots = min(structure.slots, images * on)  # of a step, apart from their bank
         strategy = choose(
-            "auto", slots=slots, on=on, device=device.type, dtype=DTYPES[precision], training=rank > 0,
-            weights_train=structure.gate == "soft",
+            "auto", slots=slots, components=structure.tailor_rank, on=on, device=device.type,
+            dtype=DTYPES[precision], training=rank > 0, weights_train=structure.gate == "soft",
         ).name  # fmt: skip
         tailors = structure.tailor_rank * (slots if strategy == "joined" else on)
         columns = rank * len(MATRICES) + tailors * len(structure.targets)
         if strategy == "joined":
             copies = rank * sides + tailors * tailored
-            rows = 4 * tailors * sum(config.matrix_shape(matrix)[0] for matrix in structure.targets)  # u, for sigma
+            rows = (
+                4 * tailors * sum(config.matrix_shape(matrix)[0] for matrix in structure.targets)
+            )  # u, for sigma
         else:
             # fp32: u times sigma, and the stacked V of q, k and v; the other V are the parameters themselves.
             sides = sides if precision == "bf16" else sum(o for o, _ in shapes) + 3 * config.width
@@ -93,4 +97,3 @@ def free(device: torch.device) -> int:
     except OSError:
         return 2**62
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-

@@ -82,7 +82,9 @@ class Optimiser:
         self.shared = {n: p for n, p in trained.items() if n not in tailors and n not in classes}
         self.parameters = list(trained.values())
         self.config = config
-        self.apart = Apart(model, tailors) if alone and tailors and isinstance(model.gate, TableGate) else None
+        self.apart = (
+            Apart(model, tailors) if alone and tailors and isinstance(model.gate, TableGate) else None
+        )
         self.rows: list[nn.Parameter] = []
         """The step's tailors, while they stand apart from their banks."""
         self.tailors, self.classes = RowAdam(list(tailors.values())), RowAdam(list(classes.values()))
@@ -97,16 +99,16 @@ class Optimiser:
         self.adamw = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True) if groups else None
 
     @contextlib.contextmanager
-    def of_slots(self, slots: Tensor, count: int = 0) -> Iterator[None]:
+    def of_slots(self, slots: Tensor, images: int = 0) -> Iterator[None]:
         """Around the forward and backward passes of a step: the tailors of these slots, and no others, get gradients.
 
-        count: as many rows as any step has, where shapes must stay the same.
+        images: of a step, where shapes must stay the same.
         """
         self.zero_grad()
         if self.apart is None:
             yield
             return
-        with self.apart.slots(slots, count) as self.rows:
+        with self.apart.slots(slots, images) as self.rows:
             yield
 
     def clip(self, largest: float) -> Tensor:

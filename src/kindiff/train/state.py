@@ -46,6 +46,8 @@ class State:
             for p in model.parameters()
         }
         shell = copy.deepcopy(model, numberless)
+        if config.compile:
+            model.compile(dynamic=False)
         return State(
             shell=shell,
             module=spread(model, config.parallel, device, ranks),  # in place, where it is: before all below
