@@ -20,7 +20,7 @@ from toys import toy, write_shapes
 
 
 def step(
-    model: DiT, optimiser: Optimiser, ids: torch.Tensor, gate_ids: torch.Tensor, count: int = 0
+    model: DiT, optimiser: Optimiser, ids: torch.Tensor, gate_ids: torch.Tensor, images: int = 0
 ) -> torch.Tensor:
     generator = torch.Generator().manual_seed(int(ids.sum()))
     x = torch.randn(len(ids), 3, 8, 8, generator=generator).to(model.positions_TD)
@@ -95,6 +95,7 @@ def test_a_compiled_step_is_one_graph_for_all_class_mixes(kind_model: DiT) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_a_run_compiles(tmp_path: Path) -> None:
     """The loop itself, compiled by the default backend, against the same run without."""
