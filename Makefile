@@ -16,10 +16,16 @@ test-slow: install  ## the tests that take more than some seconds each
 	$(ONE) $(BIN)/python -m pytest -n 2 -m slow
 
 bench: install  ## component matrices against dense ones; needs a quiet machine
-	$(BIN)/python benchmarks/speed.py blocks
-	$(BIN)/python benchmarks/speed.py classes
-	$(BIN)/python benchmarks/speed.py steps
+	for part in blocks products classes sweep; do $(BIN)/python benchmarks/speed.py $$part || exit 1; done
+	for part in steps sampling; do $(BIN)/python benchmarks/models.py $$part || exit 1; done
+	$(BIN)/python benchmarks/strategies.py
+	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/parts_on_disk.py
+
+bench-gpu: install  ## the same on a GPU, and training throughput of DiT-B/2 and L/2, bf16, compiled
+	for part in blocks products classes sweep; do $(BIN)/python benchmarks/speed.py $$part --device cuda || exit 1; done
+	for part in steps sampling gpu; do $(BIN)/python benchmarks/models.py $$part --device cuda || exit 1; done
+	$(BIN)/python benchmarks/strategies.py --device cuda
 
 faults: install  ## the fault campaign in its long form: an hour or more; run again to go on (docs/reliability.md)
 	$(ONE) $(BIN)/python benchmarks/faults.py

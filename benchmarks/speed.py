@@ -2,7 +2,8 @@
 
     python benchmarks/speed.py blocks      one block, forward + backward and forward: DiT-B and DiT-L shapes
     python benchmarks/speed.py classes     the same block with 10 to 10,000 classes, and with one class in a batch
-    python benchmarks/speed.py steps       whole training steps of DiT-S/2 and DiT-B/2
+    python benchmarks/speed.py products    the matrix products of a block alone: what the library makes possible
+    python benchmarks/speed.py sweep       a training block by learngene rank, tailor rank, width and batch
 
 Variants take turns, round by round; a figure is the median of the ratios dense / variant within a round, so a drift
 of the machine touches both. `allowed` is the ratio of multiply-accumulates (attention included), `share` the measured
@@ -11,6 +12,7 @@ ratio over it. Results go to benchmarks/results/speed-<part>.json.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import time
@@ -26,21 +28,21 @@ from torch import Tensor, nn
 from kindiff import runtime
 from kindiff.checkpoint import write_json
 from kindiff.classes import numbered
-from kindiff.components import TableGate, factorize
+from kindiff.components import factorize
 from kindiff.components.build import Structure
-from kindiff.config import DiTConfig, KindConfig, TrainConfig
-from kindiff.diffusion import loss_of
+from kindiff.config import MATRICES, DiTConfig, KindConfig
 from kindiff.evaluate.cost import closed_macs
 from kindiff.models import DiT, Gating
-from kindiff.train.optimiser import Optimiser
+from kindiff.train.apart import Apart
 
 TOKEN_SIDE = 16
+SWEEP = {"width": (384, 768, 1024), "rank": (96, 192, 288, 384), "tailor": (1, 4, 16), "batch": (1, 2, 8, 32)}
 RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    part: tyro.conf.Positional[Literal["blocks", "classes", "steps"]]
+    part: tyro.conf.Positional[Literal["blocks", "products", "classes", "sweep"]]
     """What to measure."""
     rounds: int = 12
     """Rounds; each runs every variant once."""
@@ -129,21 +131,27 @@ def block_run(
     one_class: bool = False,
 ) -> Callable[[], None]:
     """One block, as in training (with gradients of inputs and weights) or as in sampling."""
-    block = model.blocks[0].to(device)
+    model.to(device)
+    block = model.blocks[0]
+    torch.nn.init.normal_(block.modulation.weight, std=0.02)  # at zero, all gradients would be
     x = torch.randn(batch, TOKEN_SIDE**2, model.config.width, device=device, requires_grad=backward)
     c = torch.randn(batch, model.config.width, device=device)
     gradient = torch.randn_like(x)
     ids = torch.arange(batch, device=device) % len(model.classes)
-    gating = model.gate.to(device)(torch.zeros_like(ids) if one_class else ids, None) if model.gate else None
+    ids = torch.zeros_like(ids) if one_class else ids
+    banks = {n: p for n, p in model.named_parameters() if ".tailor_" in n}
+    apart = Apart(model, banks) if backward and banks else None
+    slots = model.gate.slots_on(ids) if model.gate else ids
 
     def run() -> None:
         for parameter in block.parameters():
             parameter.grad = None
         with (
+            apart.slots(slots) if apart else contextlib.nullcontext(),
             torch.set_grad_enabled(backward),
             torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16),
         ):
-            y = block(x, c, gating)
+            y = block(x, c, model.gate(ids, None) if model.gate else None)
         if backward:
             y.backward(gradient)
 
@@ -195,79 +203,103 @@ def row(
 
 
 def classes(args: Args, device: torch.device) -> list[dict[str, Any]]:
-    """Time against 10 classes, all different in the batch; and one class filling the batch."""
+    """Time against 10 classes, all different in the batch, in sampling and training; and one class filling the batch."""
     counts = (10, 100, 1000) if args.quick else (10, 100, 1000, 10_000)
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
-        variants: dict[str, Callable[[], None]] = {}
-        for count in counts:
-            _, model = model_pair("DiT-T" if args.quick else "DiT-B", count, depth=1)
-            variants[f"{count} classes"] = block_run(model, args.batch, dtype, device, backward=False)
-            if count == counts[1]:
-                variants["one class"] = block_run(
-                    model, args.batch, dtype, device, backward=False, one_class=True
-                )
-                variants["one class, training"] = block_run(
-                    model, args.batch, dtype, device, backward=True, one_class=True
-                )
-                variants["all different, training"] = block_run(
-                    model, args.batch, dtype, device, backward=True
-                )
-        seconds = alternate(variants, args.rounds, device)
-        flat = {k: 1 / v for k, v in ratios(seconds, f"{counts[0]} classes").items() if "training" not in k}
-        mixed = 1 / ratios(seconds, "one class, training")["all different, training"]
-        print(
-            f"{dtype}: "
-            + "  ".join(f"{k} {v:.3f}" for k, v in flat.items())
-            + f"  mixed/one, training {mixed:.3f}",
-            flush=True,
-        )
-        rows.append(
-            {
-                "dtype": str(dtype),
-                "time against 10 classes": flat,
-                "training, all different / one class": mixed,
-            }
-        )
-    return rows
-
-
-def steps(args: Args, device: torch.device) -> list[dict[str, Any]]:
-    rows = []
-    for name in ("DiT-S",) if args.quick else ("DiT-S", "DiT-B"):
-        pair = dict(zip(("dense", "kind"), model_pair(name, 150), strict=True))
-        for dtype in (torch.float32, torch.bfloat16):
-            variants = {label: step_run(model, args.batch, dtype, device) for label, model in pair.items()}
+        found: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
+        for mode in ("sampling", "training"):
+            variants: dict[str, Callable[[], None]] = {}
+            for count in counts:
+                _, model = model_pair("DiT-T" if args.quick else "DiT-B", count, depth=1)
+                backward = mode == "training"
+                variants[f"{count} classes"] = block_run(model, args.batch, dtype, device, backward=backward)
+                if count == counts[1]:
+                    variants["one class"] = block_run(
+                        model, args.batch, dtype, device, backward=backward, one_class=True
+                    )
             seconds = alternate(variants, args.rounds, device)
-            rows.append(row(f"{name}/2 step", dtype, "train", seconds, allowed(pair["kind"], whole=True)))
+            times = {k: 1 / v for k, v in ratios(seconds, f"{counts[0]} classes").items()}
+            times["all different / one class"] = 1 / ratios(seconds, "one class")[f"{counts[1]} classes"]
+            found[mode] = times
+            print(
+                f"{found['dtype']} {mode}: " + "  ".join(f"{k} {v:.3f}" for k, v in times.items()), flush=True
+            )
+        rows.append(found)
     return rows
 
 
-def step_run(model: DiT, batch: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
-    """A whole training step: forward, backward, clipping, optimiser."""
-    model.to(device)
-    optimiser, loss = Optimiser(model, TrainConfig(lr=1e-5)), loss_of(model.config)
-    config = model.config
-    x = torch.randn(batch, config.channels, config.input_size, config.input_size, device=device)
-    noise, u = torch.randn_like(x), torch.rand(batch, device=device)
-    ids_host = torch.arange(batch) % len(model.classes)
-    ids = ids_host.to(device)
-    slots = model.gate.slots_on(ids_host) if isinstance(model.gate, TableGate) else torch.empty(0)
+def products(args: Args, device: torch.device) -> list[dict[str, Any]]:
+    """The matrix products of a block alone, dense against thin: what the library leaves of the operations' ratio."""
+    rows = []
+    for name in ("DiT-B",) if args.quick else ("DiT-S", "DiT-B", "DiT-L"):
+        config = DiTConfig.preset(f"{name}/2", num_classes=10)
+        shapes = [config.matrix_shape(matrix) for matrix in MATRICES]
+        for dtype in (torch.float32, torch.bfloat16):
+            inner = {"dense": 0, "kind": config.width // 4}
+            variants = {
+                label: product_run(shapes, rank, args.batch * TOKEN_SIDE**2, dtype, device)
+                for label, rank in inner.items()
+            }
+            limit = sum(o * i for o, i in shapes) / sum((config.width // 4) * (o + i) for o, i in shapes)
+            rows.append(
+                row(f"{name} products", dtype, "train", alternate(variants, args.rounds, device), limit)
+            )
+    return rows
+
+
+def product_run(
+    shapes: list[tuple[int, int]], rank: int, count: int, dtype: torch.dtype, device: torch.device
+) -> Callable[[], None]:
+    """Forward and both backward products of matrices of these (O, I), dense (rank 0) or as two thin ones."""
+    pairs = []
+    for o, i in shapes:
+        for a, b in [(i, o)] if not rank else [(i, rank), (rank, o)]:
+            sizes = ((count, a), (a, b), (count, b))
+            pairs.append([torch.randn(*size, device=device, dtype=dtype) for size in sizes])
 
     def run() -> None:
-        with optimiser.of_slots(slots):
-            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                value = loss(lambda a, t: model(a, t, ids), x, noise, u).mean()
-            value.backward()
-        optimiser.clip(1.0)
-        optimiser.step(factor=1.0, slots=slots, ids=ids_host)
+        for x, w, y in pairs:
+            torch.mm(x, w, out=y)
+            y @ w.T
+            x.T @ y
 
     return run
 
 
+def sweep(args: Args, device: torch.device) -> list[dict[str, Any]]:
+    """A training block against dense, one thing varied at a time from DiT-B, N_G 192, N_T 4, 8 images."""
+    usual = {"width": 768, "rank": 192, "tailor": 4, "batch": args.batch}
+    rows = []
+    for key, values in SWEEP.items():
+        for value in values:
+            shape = usual | {key: value} | ({"rank": value // 4} if key == "width" else {})
+            config = DiTConfig(
+                input_size=32, channels=4, num_classes=150, width=shape["width"], depth=1,
+                heads=shape["width"] // 64, patch=2,
+            )  # fmt: skip
+            dense = DiT(config)
+            kind = factorize(
+                dense,
+                KindConfig(learngene_rank=shape["rank"], tailor_rank=shape["tailor"], init="per-factor"),
+            )
+            for dtype in (torch.float32, torch.bfloat16):
+                variants = {
+                    label: block_run(model, shape["batch"], dtype, device, backward=True)
+                    for label, model in (("dense", dense), ("kind", kind))
+                }
+                seconds = alternate(variants, args.rounds, device)
+                rows.append(
+                    row(f"{key} {value}", dtype, "train", seconds, allowed(kind, whole=False)) | shape
+                )
+    return rows
+
+
 def main(args: Args) -> None:
     device = runtime.device_of(args.device)
-    rows = {"blocks": blocks, "classes": classes, "steps": steps}[args.part](args, device)
+    rows = {"blocks": blocks, "products": products, "classes": classes, "sweep": sweep}[args.part](
+        args, device
+    )
     facts = {"rows": rows, "batch": args.batch, "rounds": args.rounds}
     facts |= {"versions": runtime.versions(), "hardware": runtime.hardware()}
     out = args.out or RESULTS / f"speed-{args.part}{'-gpu' if device.type == 'cuda' else ''}.json"

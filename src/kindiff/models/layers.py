@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MATRIX_UNITS = bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
+"""Whether this CPU multiplies bf16 matrices in hardware (AMX)."""
+
 
 class Gating(NamedTuple):
     """What a gate decides for a batch: which tailor slots are on for each sample, and how much.
@@ -59,10 +62,11 @@ def project(layers: Sequence[nn.Module], x: Tensor, gating: Gating | None) -> li
 def attend(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor) -> Tensor:
     """Attention of each head H over the tokens, E its width: (B, H, T, E).
 
-    torch's fused kernel, except in bf16 on a CPU, where three plain operations are faster at these lengths
-    (benchmarks/attention.py).
+    torch's fused kernel, except in bf16 on a CPU, where three plain operations are faster at these lengths: in
+    training, and everywhere without matrix units (benchmarks/attention.py).
     """
-    if q_BHTE.device.type == "cpu" and q_BHTE.dtype == torch.bfloat16:
+    cpu_bf16 = q_BHTE.device.type == "cpu" and q_BHTE.dtype == torch.bfloat16
+    if cpu_bf16 and (q_BHTE.requires_grad or not MATRIX_UNITS):
         scores_BHTT = (q_BHTE * q_BHTE.shape[-1] ** -0.5) @ k_BHTE.transpose(-1, -2)
         return scores_BHTT.softmax(dim=-1) @ v_BHTE
     return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE)
