@@ -4,7 +4,7 @@ VENV = .venv
 BIN = $(VENV)/bin
 ONE = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: bench demo faults fuzz test test-slow check lint types install
+.PHONY: bench bench-gpu demo faults fuzz test test-slow check lint types install
 
 demo: install  ## pre-train, decompose, recombine, transfer, sample: about 11 minutes on two cores
 	$(BIN)/kindiff demo runs/demo

@@ -203,7 +203,7 @@ def row(
 
 
 def classes(args: Args, device: torch.device) -> list[dict[str, Any]]:
-    """Time against 10 classes, all different in the batch, in sampling and training; and one class filling the batch."""
+    """Time against 10 classes, all different in a batch, in sampling and training; and one class that fills it."""
     counts = (10, 100, 1000) if args.quick else (10, 100, 1000, 10_000)
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
