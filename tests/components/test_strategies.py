@@ -143,3 +143,24 @@ def test_it_can_be_overruled(kind_model: DiT, inputs) -> None:
         assert set_strategy_(kind_model, "auto")(*inputs).equal(usual)
     with pytest.raises(UsageError, match="gathered or joined"):
         set_strategy_(kind_model, "sorted")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("strategy", ["gathered", "joined"])
+def test_no_bit_of_another_class_reaches_a_tailor(strategy: str, dtype: torch.dtype) -> None:
+    gating = gatings()["mixed, some off"]  # slot 3 belongs to the second sample; it is off in the third
+    grads = []
+    for other in (1.0, -7.5):
+        made = layers(8, 3)
+        x = torch.randn(5, 6, I_, generator=torch.Generator().manual_seed(5))
+        x[[0, 2, 3, 4]] *= other
+        for layer in made:
+            layer.strategy = strategy
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            ys = ComponentLinear.together(made, x, gating)
+        sum(y.double().sum() for y in ys).backward()
+        grads.append(
+            [(layer.tailor_u.grad[3], layer.tailor_sigma.grad[3], layer.tailor_v.grad[3]) for layer in made]
+        )
+    for own, same in zip(*grads, strict=True):
+        assert all(a.equal(b) and a.abs().sum() > 0 for a, b in zip(own, same, strict=True))
