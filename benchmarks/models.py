@@ -129,7 +129,7 @@ def step_run(
     noise, u = torch.randn_like(x), torch.rand(batch, device=device)
     ids_host = torch.arange(batch) % CLASSES
     ids = ids_host.to(device)
-    slots = model.gate.slots_on(ids_host.to(device)) if own and model.gate is not None else torch.empty(0)
+    slots = own.slots_on(ids_host) if own else torch.empty(0)
 
     def passes() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):

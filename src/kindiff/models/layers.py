@@ -14,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MATRIX_UNITS = bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
+_capabilities: dict[str, object] = (
+    torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+)
+MATRIX_UNITS = bool(_capabilities.get("amx_bf16"))
 """Whether this CPU multiplies bf16 matrices in hardware (AMX)."""
 
 

@@ -110,8 +110,7 @@ def _train(job: Job, state: State, saver: Saver, stop: list[int], writer: Any, f
             if not any(step in window for window in left_out):
                 # The classes of this batch, known before it reaches the device.
                 batch = next(feed)
-                slots = model.gate.slots_on(batch.gate_ids_B) if model.gate is not None else torch.empty(0)  # type: ignore[operator]
-                slots = ranks.union(slots, optimiser.tailors.rows)
+                slots = ranks.union(optimiser.slots_on(batch.gate_ids_B), optimiser.tailors.rows)
                 ids = ranks.union(torch.unique(batch.ids_B), model.classes.rows)
                 batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
 

@@ -67,7 +67,7 @@ def measure(
             samples, objective, seed=config.seed, first_position=step * images, batch=images, flip=flip
         )
         loading.append(time.monotonic() - started)
-        slots = model.gate.slots_on(batch.gate_ids_B.to(device)) if model.gate is not None else torch.empty(0)  # type: ignore[operator]
+        slots = optimiser.slots_on(batch.gate_ids_B)
         ids = torch.unique(batch.ids_B)
         batch = Batch(*(tensor.to(device) for tensor in batch))
         started = _now(device)

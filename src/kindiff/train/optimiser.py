@@ -10,6 +10,7 @@ S rows of a bank (slots or classes), n rows that a step touches, P numbers of a 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -82,6 +83,8 @@ class Optimiser:
         self.shared = {n: p for n, p in trained.items() if n not in tailors and n not in classes}
         self.parameters = list(trained.values())
         self.config = config
+        # On the host, so that no step waits for the device to say which classes it has.
+        self.gate = copy.deepcopy(model.gate).cpu() if isinstance(model.gate, TableGate) else model.gate
         self.apart = (
             Apart(model, tailors) if alone and tailors and isinstance(model.gate, TableGate) else None
         )
@@ -97,6 +100,10 @@ class Optimiser:
         ]
         groups = [group for group in groups if group["params"]]
         self.adamw = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True) if groups else None
+
+    def slots_on(self, gate_ids_B: Tensor) -> Tensor:
+        """The tailor slots that a batch (its ids on the host) trains, each once; none for a dense model."""
+        return torch.empty(0, dtype=torch.int64) if self.gate is None else self.gate.slots_on(gate_ids_B)  # type: ignore[operator]
 
     @contextlib.contextmanager
     def of_slots(self, slots: Tensor, images: int = 0) -> Iterator[None]:
