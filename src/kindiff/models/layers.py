@@ -14,10 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_capabilities: dict[str, object] = (
-    torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-)
-MATRIX_UNITS = bool(_capabilities.get("amx_bf16"))
+MATRIX_UNITS = hasattr(torch.cpu, "get_capabilities") and bool(torch.cpu.get_capabilities().get("amx_bf16"))
 """Whether this CPU multiplies bf16 matrices in hardware (AMX)."""
 
 
