@@ -38,7 +38,7 @@ def plot(records: Sequence[Record], folder: Path) -> list[Path]:
         figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", sharey=True)
         _scatter(axes[0], own, [row.trainable / 1000 for row in own], "trainable parameters, thousands")
         _scatter(axes[1], own, [row.gmacs * 1000 for row in own], "inference, million MACs an image")
-        axes[0].set_xscale("log")
+        axes[0].set_xscale("symlog" if any(row.trainable == 0 for row in own) else "log")
         axes[0].xaxis.set_major_formatter(lambda value, position: f"{value:g}")
         axes[0].set_ylabel(f"{own[0].distance_name}, lower is better")
         axes[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)

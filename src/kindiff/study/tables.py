@@ -125,7 +125,7 @@ def markdown(records: Sequence[Record]) -> str:
                         f"{row.recall_mean:.2f}",
                         f"{row.trainable / 1000:.1f}k",
                         f"{row.gmacs:.4f}",
-                        f"{row.lr:g}{'' if row.bracketed else ' (edge)'}",
+                        _rate_of(row),
                     )
                     for row in own
                 ],
@@ -197,3 +197,10 @@ def _mean(values: Sequence[float]) -> float:
 
 def _spread(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def _rate_of(row: Row) -> str:
+    """The chosen rate, marked where the best might lie outside the grid; of what is not trained, none."""
+    if not row.trainable:
+        return "none"
+    return f"{row.lr:g}{'' if row.bracketed else ' (edge)'}"
