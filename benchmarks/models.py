@@ -13,7 +13,6 @@ Results go to benchmarks/results/models-<part>.json.
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -24,11 +23,10 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from speed import RESULTS, RankMask, allowed, alternate, model_pair, row
+from speed import RankMask, allowed, alternate, model_pair, row, save
 from torch import Tensor, nn
 
 from kindiff import runtime
-from kindiff.checkpoint import write_json
 from kindiff.components import decompose
 from kindiff.components.build import Structure
 from kindiff.config import MATRICES, TrainConfig
@@ -300,13 +298,8 @@ def main(args: Args) -> None:
         peak(args, device)
         return
     rows = {"steps": steps, "sampling": sampling, "gpu": gpu}[args.part](args, device)
-    facts = {"rows": rows, "batch": args.batch, "rounds": args.rounds}
-    facts |= {"versions": runtime.versions(), "hardware": runtime.hardware()}
-    suffix = ("-compiled" if args.compile else "") + (
-        "-gpu" if device.type == "cuda" and args.part != "gpu" else ""
-    )
-    out = args.out or RESULTS / f"models-{args.part}{suffix}.json"
-    write_json(out, json.loads(json.dumps(facts)))
+    name = f"models-{args.part}{'-compiled' if args.compile else ''}"
+    save(name, device, args.out, rows=rows, batch=args.batch, rounds=args.rounds)
 
 
 if __name__ == "__main__":

@@ -300,9 +300,13 @@ def main(args: Args) -> None:
     rows = {"blocks": blocks, "products": products, "classes": classes, "sweep": sweep}[args.part](
         args, device
     )
-    facts = {"rows": rows, "batch": args.batch, "rounds": args.rounds}
+    save(f"speed-{args.part}", device, args.out, rows=rows, batch=args.batch, rounds=args.rounds)
+
+
+def save(name: str, device: torch.device, out: Path | None, **facts: Any) -> None:
+    """Write a benchmark's facts with versions and hardware, to `out` or to the results folder by name and device."""
     facts |= {"versions": runtime.versions(), "hardware": runtime.hardware()}
-    out = args.out or RESULTS / f"speed-{args.part}{'-gpu' if device.type == 'cuda' else ''}.json"
+    out = out or RESULTS / f"{name}{'-gpu' if device.type == 'cuda' else ''}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, json.loads(json.dumps(facts)))
 

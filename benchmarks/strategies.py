@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 import tyro
-from speed import RESULTS, alternate, ratios
+from speed import alternate, ratios, save
 from torch import Tensor
 
 from kindiff import runtime
-from kindiff.checkpoint import write_json
 from kindiff.components import ComponentLinear
 from kindiff.models import Gating
 
@@ -172,10 +171,10 @@ def main(args: Args) -> None:
         )
         rows.append(row)
         print(json.dumps(row, indent=1), flush=True)
-    facts = {"rows": rows, "images": args.images, "tokens": args.tokens, "rounds": args.rounds}
-    facts |= {"versions": runtime.versions(), "hardware": runtime.hardware()}
-    suffix = "-gpu" if device.type == "cuda" else ""
-    write_json(args.out or RESULTS / f"strategies{suffix}.json", facts)
+    save(
+        "strategies", device, args.out,
+        rows=rows, images=args.images, tokens=args.tokens, rounds=args.rounds,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

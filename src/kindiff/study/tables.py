@@ -125,7 +125,7 @@ def markdown(records: Sequence[Record]) -> str:
                         f"{row.recall_mean:.2f}",
                         f"{row.trainable / 1000:.1f}k",
                         f"{row.gmacs:.4f}",
-                        _rate_of(row),
+                        _rate_in_words(row),
                     )
                     for row in own
                 ],
@@ -199,7 +199,7 @@ def _spread(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-def _rate_of(row: Row) -> str:
+def _rate_in_words(row: Row) -> str:
     """The chosen rate, marked where the best might lie outside the grid; of what is not trained, none."""
     if not row.trainable:
         return "none"

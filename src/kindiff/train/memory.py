@@ -52,9 +52,8 @@ def activations(
     config = model.config
     size, (per_width, per_hidden) = SIZE[precision], KEPT[precision]
     shapes = [config.matrix_shape(matrix) for matrix in MATRICES]
-    columns = gathered = rows = (
-        0  # products with V that a token keeps; bytes of an image's own, of a step's tailors
-    )
+    # Products with V that a token keeps; bytes of an image's own tailors, and of a step's.
+    columns = gathered = rows = 0
     copies = sum(o * i for o, i in shapes) if precision == "bf16" else 0  # weights as the products take them
     if model.structure is not None:
         structure = from_dict(Structure, model.structure)
@@ -70,9 +69,8 @@ def activations(
         columns = rank * len(MATRICES) + tailors * len(structure.targets)
         if strategy == "joined":
             copies = rank * sides + tailors * tailored
-            rows = (
-                4 * tailors * sum(config.matrix_shape(matrix)[0] for matrix in structure.targets)
-            )  # u, for sigma
+            # u, for the gradient of sigma
+            rows = 4 * tailors * sum(config.matrix_shape(matrix)[0] for matrix in structure.targets)
         else:
             # fp32: u times sigma, and the stacked V of q, k and v; the other V are the parameters themselves.
             sides = sides if precision == "bf16" else sum(o for o, _ in shapes) + 3 * config.width
