@@ -25,7 +25,7 @@ from kindiff.data.batches import Batch
 from kindiff.evaluate import store
 from kindiff.evaluate.features import CallableFeatures
 from kindiff.evaluate.generated import GeneratedImages
-from kindiff.parallel import ALONE, Ranks, joined
+from kindiff.parallel import ALONE, Ranks, joined, leave
 from kindiff.pipeline import DiTPipeline
 from kindiff.train import Interrupted, loop, pretrain, transfer
 from kindiff.train.pretraining import new_model
@@ -217,3 +217,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with joined() as both:
         work(Path(sys.argv[1]), both)
+    leave(0)

@@ -66,22 +66,27 @@ def free_port() -> int:
         return place.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """What two ranks left."""
-    folder = tmp_path_factory.mktemp("ranks")
-    rank_work.prepare(folder)
+def two_ranks(*arguments: object) -> list[str]:
+    """What two ranks of a Python command say to standard error; both must end well."""
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     both = [
         subprocess.Popen(
-            [sys.executable, "-W", "error", WORK, folder],
+            [sys.executable, "-W", "error", *map(str, arguments)],
             env={**one_thread(), **place, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(2)
     ]  # fmt: skip
     said = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said[0][-3000:] + said[1][-3000:]
-    assert not said[1], "the second rank is silent"
+    return said
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What two ranks left."""
+    folder = tmp_path_factory.mktemp("ranks")
+    rank_work.prepare(folder)
+    assert not two_ranks(WORK, folder)[1], "the second rank is silent"
     return folder
 
 
@@ -173,6 +178,23 @@ def test_features_do_not_depend_on_the_ranks(folder: Path) -> None:
     assert len(names) == 4
     for name in names:
         assert (folder / "features-one" / name).read_bytes() == (folder / "features-two" / name).read_bytes()
+
+
+UNWILLING = """
+import sys, torch
+from kindiff.parallel import joined, leave
+sys.setswitchinterval(1000)
+with joined():
+    torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+leave(0)
+"""
+"""Ranks whose other threads get the interpreter only when the main one waits: most pairs aborted at their end before
+`leave` was there."""
+
+
+def test_ranks_end_while_a_thread_still_holds_a_tensor() -> None:
+    for _ in range(3):
+        two_ranks("-c", UNWILLING)
 
 
 def test_one_rank_killed_and_resumed_by_the_same_command(folder: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from kindiff.classes import nearest
 from kindiff.errors import UsageError
-from kindiff.parallel import place
+from kindiff.parallel import leave, place
 
 COMMANDS = {
     "demo": "pre-train, decompose, recombine, transfer and sample on drawn avatars; ends with a page to look at",
@@ -157,7 +157,7 @@ def _fail(sentence: str, code: int) -> int:
 
 def entry() -> None:
     """The console script."""
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def fit(
     state = State.fresh(model, config, device, run.ranks)
     writer = _tensorboard(run) if config.tensorboard and run.ranks.first else None
     sharded = config.checkpoints == "sharded"
-    with Saver(run, sharded=sharded) as saver, _stop_signals(insistent=run.ranks.count == 1) as stop:
+    with _stop_signals(insistent=run.ranks.count == 1) as stop, Saver(run, sharded=sharded) as saver:
         while True:
             first = _resume(state, run, saver)
             try:
