@@ -67,6 +67,27 @@ def test_a_row_is_the_mean_at_the_best_validation_rate_not_the_best_test():
     assert "(edge)" in text
 
 
+def test_a_table_says_when_each_method_is_where_the_best_rival_ends():
+    def course(method, *distances, seconds):
+        return [
+            replace(
+                record(method, 0.003, task=f"new-{steps}s", test=distance),
+                steps=steps, train_seconds=steps * seconds,
+            )
+            for steps, distance in zip((10, 20, 40), distances, strict=True)
+        ]  # fmt: skip
+
+    records = [*course("kind", 9.0, 4.0, 3.0, seconds=0.2), *course("lora", 11.0, 6.0, 5.0, seconds=0.1)]
+    slow = replace(records[1], seed=1, train_seconds=60.0)  # beside other work: the other one's time counts
+    table = markdown([*records, slow]).partition("**new**")[2]
+    assert "the best rival, LORA, ends at 5.0" in table
+    assert table.splitlines()[-2:] == [
+        "| KIND | 9.0 | 4.0 | 3.0 | 20 steps | 4 s |",
+        "| LORA | 11.0 | 6.0 | 5.0 | 40 steps | 4 s |",
+    ]
+    assert "**new**" not in markdown([r for r in records if r.method == "kind"])
+
+
 def test_records_come_back_as_they_were_and_a_damaged_one_is_named(tmp_path):
     one = record("kind", 0.003, test=2.0)
     write_record(tmp_path, one)

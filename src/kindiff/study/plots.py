@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kindiff.study.records import Record
-from kindiff.study.tables import Row, best_rows
+from kindiff.study.tables import Row, best_rows, by_steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +24,7 @@ COLOURS = {
 
 def plot(records: Sequence[Record], folder: Path) -> list[Path]:
     """Write a figure for each task (distance against trainable parameters and against GMACs) and, where tasks differ
-    in their steps alone, one of distance against steps; returns their paths."""
+    in their steps alone, one of distance against steps and against time; returns their paths."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -47,15 +47,17 @@ def plot(records: Sequence[Record], folder: Path) -> list[Path]:
         figure.savefig(paths[-1], dpi=120)
         plt.close(figure)
     for name, lines in by_steps(rows).items():
-        figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-        for own in lines:
-            axis.errorbar(
-                [row.steps for row in own], [row.distance_mean for row in own],
-                yerr=[row.distance_spread if row.seeds > 1 else 0.0 for row in own],
-                color=COLOURS[own[0].family], marker="o", markersize=4, capsize=2, label=own[0].label,
-            )  # fmt: skip
-        axis.set(xscale="log", yscale="log", xlabel="steps", ylabel=lines[0][0].distance_name)
-        axis.legend(fontsize=8)
+        figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", sharey=True)
+        for axis, what in zip(axes, ("steps", "seconds"), strict=True):
+            for own in lines:
+                axis.errorbar(
+                    [getattr(row, what) for row in own], [row.distance_mean for row in own],
+                    yerr=[row.distance_spread if row.seeds > 1 else 0.0 for row in own],
+                    color=COLOURS[own[0].family], marker="o", markersize=4, capsize=2, label=own[0].label,
+                )  # fmt: skip
+            axis.set(xscale="log", yscale="log", xlabel=f"{what} of training")
+        axes[0].set_ylabel(f"{lines[0][0].distance_name}, lower is better")
+        axes[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
         paths.append(folder / f"{name}.png")
         figure.savefig(paths[-1], dpi=120)
         plt.close(figure)
@@ -75,13 +77,3 @@ def _scatter(axis: Axes, rows: Sequence[Row], x: Sequence[float], label: str) ->
     axis.margins(0.12)
     axis.set(xlabel=label)
     axis.grid(alpha=0.25)
-
-
-def by_steps(rows: Sequence[Row]) -> dict[str, list[list[Row]]]:
-    """Lines of methods over tasks that are named NAME-STEPSs and differ in their steps: NAME -> a line a method."""
-    found: dict[str, dict[str, list[Row]]] = {}
-    for row in sorted(rows, key=lambda row: row.steps):
-        if row.task.endswith(f"-{row.steps}s"):
-            of_name = found.setdefault(row.task.removesuffix(f"-{row.steps}s"), {})
-            of_name.setdefault(row.method, []).append(row)
-    return {name: list(lines.values()) for name, lines in found.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from kindiff.report.charts import Axis, Series, chart
 from kindiff.report.page import Cell, sortable
@@ -101,21 +102,21 @@ def pareto(rows: Sequence[Row], against: Mapping[str, float], what: str) -> str:
     return chart(f"{name} against {what}", series, x=x, y=y, rule=_floor(rows), front=True)
 
 
-def courses(lines: Sequence[Sequence[Row]]) -> str:
-    """Distance against steps: for each method its rows over tasks that differ in their steps alone."""
+def courses(lines: Sequence[Sequence[Row]], what: Literal["steps", "seconds"]) -> str:
+    """Distance against steps or time: for each method its rows over tasks that differ in their steps alone."""
     return chart(
-        f"{lines[0][0].distance_name} against steps, each number of steps a training of its own",
+        f"{lines[0][0].distance_name} against {what} of training, each point a training of its own",
         [
             Series(
                 name=own[0].label,
-                points=[(row.steps, row.distance_mean) for row in own],
+                points=[(getattr(row, what), row.distance_mean) for row in own],
                 spreads=[_known(row.distance_spread) for row in own],
                 colour=colour(own[0].family),
                 strong=own[0].family == "kind",
             )
             for own in lines
         ],
-        x=Axis(name="steps", log=True),
+        x=Axis(name=what, log=True),
         y=Axis(name=lines[0][0].distance_name, log=True),
         rule=_floor(lines[0]),
     )

@@ -17,7 +17,6 @@ from kindiff.report.page import bullets, figures, folded, heading, page, paragra
 from kindiff.study import report_figures as made
 from kindiff.study.config import Study, read_study
 from kindiff.study.grid import left
-from kindiff.study.plots import by_steps
 from kindiff.study.records import Record, read_records
 from kindiff.study.report_components import components_view, has_several, has_tailors
 from kindiff.study.report_pictures import (
@@ -32,7 +31,7 @@ from kindiff.study.report_pictures import (
     zoom_of,
 )
 from kindiff.study.report_words import convergence, headline, sentence, verdict
-from kindiff.study.tables import Row, best_rows, sweep
+from kindiff.study.tables import Row, best_rows, by_steps, sweep
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ def _tasks(m: Material) -> list[str]:
         body += [
             heading(f"Convergence: {name}"),
             paragraph(convergence(lines)),
-            figures([made.courses(lines)]),
+            figures([made.courses(lines, "steps"), made.courses(lines, "seconds")]),
         ]
     return body
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kindiff.report.svg import short
-from kindiff.study.tables import Row
+from kindiff.study.tables import Row, goal_of, reached
 
 FAMILIES = {
     "kind": "KIND",
@@ -178,12 +178,12 @@ def with_spread(mean: float, spread: float, digits: int) -> str:
 def convergence(lines: Sequence[Sequence[Row]]) -> str:
     """In a sentence, when KIND reaches the best rival's last score; lines are rows of a method by steps. Empty where
     KIND or a rival is missing."""
-    ends = {_is_kind(own[-1]): own for own in sorted(lines, key=lambda own: -own[-1].distance_mean)}
-    if len(ends) < 2:
+    kinds, rival = [own for own in lines if _is_kind(own[0])], goal_of(lines)
+    if not kinds or rival is None:
         return ""
-    kind, rival = ends[True], ends[False][-1]
+    kind = min(kinds, key=lambda own: own[-1].distance_mean)
     told = f"The best rival, {rival.label}, has {rival.distance_name} {distance(rival)} after {rival.steps} steps"
-    first = next((row for row in kind if row.distance_mean <= rival.distance_mean), None)
+    first = reached(kind, rival)
     if first is None:
         return (
             f"{told}; {kind[-1].label} does not reach that in {kind[-1].steps} steps ({distance(kind[-1])})."

@@ -37,6 +37,8 @@ class Row:
     trainable: int
     gmacs: float
     steps: int
+    seconds: float
+    """Time of the method's least disturbed training on this task; nan where nothing is trained."""
     count: int
     """Samples of a score."""
 
@@ -77,10 +79,32 @@ def best_rows(records: Sequence[Record]) -> list[Row]:
                 trainable=one.trainable,
                 gmacs=one.gmacs,
                 steps=one.steps,
+                seconds=min((r.train_seconds for r in own if r.steps), default=math.nan),
                 count=tests[0].count,
             )
         )
     return sorted(rows, key=lambda row: (row.task, row.distance_mean))
+
+
+def by_steps(rows: Sequence[Row]) -> dict[str, list[list[Row]]]:
+    """Lines of methods over tasks that are named NAME-STEPSs and differ in their steps: NAME -> a line a method."""
+    found: dict[str, dict[str, list[Row]]] = {}
+    for row in sorted(rows, key=lambda row: row.steps):
+        if row.task.endswith(f"-{row.steps}s"):
+            of_name = found.setdefault(row.task.removesuffix(f"-{row.steps}s"), {})
+            of_name.setdefault(row.method, []).append(row)
+    return {name: list(lines.values()) for name, lines in found.items()}
+
+
+def goal_of(lines: Sequence[Sequence[Row]]) -> Row | None:
+    """The last row of the rival that ends best, which KIND is measured by; None without a rival."""
+    ends = [own[-1] for own in lines if own[-1].family != "kind"]
+    return min(ends, key=lambda row: row.distance_mean, default=None)
+
+
+def reached(own: Sequence[Row], goal: Row) -> Row | None:
+    """The first of a method's rows by steps that is as good as the goal."""
+    return next((row for row in own if row.distance_mean <= goal.distance_mean), None)
 
 
 def sweep(records: Sequence[Record]) -> dict[tuple[str, str], dict[float, float]]:
@@ -131,7 +155,26 @@ def markdown(records: Sequence[Record]) -> str:
                 ],
             )
         )
+    for name, lines in by_steps(rows).items():
+        if (goal := goal_of(lines)) is not None:
+            blocks.append(_arrivals(name, lines, goal))
     return "\n\n".join(blocks)
+
+
+def _arrivals(name: str, lines: Sequence[Sequence[Row]], goal: Row) -> str:
+    """For each method the distance at each number of steps, and when it is where the best rival ends."""
+    counts = sorted({row.steps for own in lines for row in own})
+    table = []
+    for own in sorted(lines, key=lambda own: own[-1].distance_mean):
+        known = {row.steps: f"{row.distance_mean:.1f}" for row in own}
+        there = reached(own, goal)
+        when = (f"{there.steps} steps", f"{there.seconds:.0f} s") if there else ("no", "")
+        table.append((own[0].label, *(known.get(count, "") for count in counts), *when))
+    return (
+        f"**{name}**: {goal.distance_name} by steps; the best rival, {goal.label}, ends at {goal.distance_mean:.1f}. "
+        "Times are of the least disturbed training of each.\n\n"
+        + _grid(("method", *map(str, counts), "as good after", "time"), table)
+    )
 
 
 def sweep_markdown(records: Sequence[Record]) -> str:
