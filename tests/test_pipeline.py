@@ -133,6 +133,20 @@ def test_learngenes_alone_keep_the_class_embedding() -> None:
     assert not np.array_equal(bare[0], pipeline.sample([5], config, tailors=False)[0])
 
 
+def test_a_tailor_that_stays_on_without_a_label_is_on_in_the_null_pass() -> None:
+    model = model_of()
+    pipeline = DiTPipeline(model)
+    usual = pipeline.sample([1, 2], FLOW)
+    model.config = dataclasses.replace(model.config, null_gate="class")
+    kept = pipeline.sample([1, 2], FLOW)
+    assert (np.abs(usual.astype(int) - kept.astype(int)) > 1).mean() > 0.05
+    # One class: the same as a model whose gate has that tailor on for the null class too.
+    model.config = dataclasses.replace(model.config, null_gate="off")
+    for table in (model.gate.slots_CK, model.gate.weights_CK):
+        table[-1] = table[1]
+    assert_same_pictures(pipeline.sample([1], FLOW), kept[:1])
+
+
 def test_progress_and_empty_requests() -> None:
     pipeline, told = DiTPipeline(model_of()), []
     pipeline.sample(IDS, dataclasses.replace(FLOW, batch=3), advance=told.append)

@@ -103,13 +103,17 @@ class DiTPipeline:
             noise = np.stack([s.standard_normal(shape, dtype=np.float32) for s in streams])
             return torch.from_numpy(noise).to(device)
 
+        wanted_B = torch.tensor(list(ids), device=device)
+        on_B = wanted_B if tailors else torch.full_like(wanted_B, self.model.classes.null_id)
+
         def model(x: Tensor, t_B: Tensor, ids_B: Tensor) -> Tensor:
-            gate_ids = None if tailors else torch.full_like(ids_B, self.model.classes.null_id)
-            return self.model(x, t_B, ids_B, gate_ids)
+            if tailors and self.model.config.null_gate == "off":
+                return self.model(x, t_B, ids_B)
+            return self.model(x, t_B, ids_B, on_B.repeat(len(ids_B) // len(on_B)))
 
         predict = guided(
             model,
-            torch.tensor(list(ids), device=device),
+            wanted_B,
             null_id=self.model.classes.null_id,
             scale=config.guidance,
             channels=self.model.config.channels,

@@ -11,7 +11,7 @@ from kindiff.components import decompose, save_components
 from kindiff.config import TrainConfig
 from kindiff.models import DiT
 from kindiff.study.config import RecombineConfig
-from kindiff.study.recombined import smaller
+from kindiff.study.recombined import cut, smaller
 from kindiff.train import pretrain
 from toys import toy, write_shapes
 
@@ -66,3 +66,21 @@ def test_a_smaller_model_is_trained_on(base, tmp_path) -> None:
     after = DiT.from_pretrained(tmp_path / "on" / "model")
     assert before.structure == after.structure
     assert not torch.equal(output(before), output(after))
+
+
+def test_a_dense_base_that_is_cut_can_be_transferred(base, tmp_path) -> None:
+    recipe, folder, whole = base
+    if recipe.method == "kind":
+        pytest.skip("a decomposable base is not cut")
+    parts = decompose(cut(folder, 4))
+    assert (parts.learngene_rank, parts.tailor_rank) == (4, 0)
+    weight = dict(whole.named_matrices())["blocks.0.q"].weight
+    u, sigma, v = torch.linalg.svd(weight)
+    torch.testing.assert_close(
+        dict(parts.recombine(layers="dense").named_matrices())["blocks.0.q"].weight,
+        (u[:, :4] * sigma[:4]) @ v[:4],
+    )
+    taught = parts.with_new_tailors(("ring",), rank=2)
+    assert {name.rpartition(".")[2] for name, p in taught.named_parameters() if p.requires_grad} >= {
+        "tailor_u"
+    }

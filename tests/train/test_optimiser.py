@@ -17,11 +17,13 @@ from kindiff.config import DataConfig, KindConfig, ObjectiveConfig, TrainConfig,
 from kindiff.data import open_prepared
 from kindiff.data.batches import make_batch
 from kindiff.diffusion import flow_loss
+from kindiff.errors import UsageError
 from kindiff.models import DiT
 from kindiff.parallel import ALONE
 from kindiff.train import pretrain, transfer
 from kindiff.train.optimiser import BETAS, EPS, Optimiser, RowAdam, factor_of
 from kindiff.train.state import State
+from kindiff.train.transferring import transfer_objective
 from toys import NEW_SHAPES, SHAPES, SIZE, assert_same_tensors, toy, write_shapes
 
 FLOAT = {"rtol": 1e-6, "atol": 1e-8}
@@ -179,6 +181,21 @@ def test_transfer_leaves_the_learngenes_to_the_bit(tmp_path: Path, share, init) 
     assert both.classes.names == ("disc", "ring", "cross")
 
 
+def test_a_tailor_that_stays_on_without_a_label_does_so_at_transfer_too(tmp_path: Path) -> None:
+    config = toy(write_shapes(tmp_path / "shapes"), steps=2)
+    config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, null_gate="class"))
+    parts = decompose(pretrain(config, tmp_path / "run").model)
+    save_components(parts, tmp_path / "parts")
+    kept = load_components(tmp_path / "parts", SHAPES[:2]).recombine()
+    assert kept.config.null_gate == parts.config.null_gate == "class"
+    objective = transfer_objective(kept.config)
+    assert (objective.null_gate, objective.label_dropout, objective.gate_dropout) == ("class", 0.1, 0.0)
+    usual = transfer_objective(dataclasses.replace(kept.config, null_gate="off"))
+    assert (usual.null_gate, usual.label_dropout) == ("off", 0.0)
+    with pytest.raises(UsageError, match="null_gate needs tailors"):
+        dataclasses.replace(config, method="dense")
+
+
 def test_dropout_of_labels_and_gates(tmp_path: Path) -> None:
     samples = open_prepared(write_shapes(tmp_path / "shapes", size=8))
     objective = ObjectiveConfig(label_dropout=0.2, gate_dropout=0.3)
@@ -191,6 +208,10 @@ def test_dropout_of_labels_and_gates(tmp_path: Path) -> None:
     assert float(gate_off[~label_off].float().mean()) == pytest.approx(0.3, abs=0.025)
     kept = ~gate_off
     assert torch.equal(drawn.ids_B[kept], drawn.gate_ids_B[kept])
+    stays = ObjectiveConfig(label_dropout=0.2, gate_dropout=0.3, null_gate="class")
+    kept_on = make_batch(samples, stays, seed=1, first_position=0, batch=6000, flip=False)
+    assert torch.equal(kept_on.ids_B, drawn.ids_B)
+    assert float((kept_on.gate_ids_B == null).float().mean()) == pytest.approx(0.3, abs=0.025)
     none = ObjectiveConfig(label_dropout=0.0, gate_dropout=0.0)
     plain = make_batch(samples, none, seed=1, first_position=0, batch=6000, flip=False)
     assert int(plain.ids_B.max()) < null

@@ -133,7 +133,8 @@ def guidance_gap(
     t_B = torch.linspace(0, 999, batch).round()
     rows = torch.zeros(batch, dtype=torch.int64)
     class_a, class_b = (model.eval()(x, t_B, rows)[:, : config.channels] for model in (ours, merged))
-    null_a, null_b = (model(x, t_B, rows + 1)[:, : config.channels] for model in (ours, merged))
+    on_B = rows + 1 if config.null_gate == "off" else rows
+    null_a, null_b = (model(x, t_B, rows + 1, on_B)[:, : config.channels] for model in (ours, merged))
     guided_a, guided_b = (n + scale * (c - n) for c, n in ((class_a, null_a), (class_b, null_b)))
     pairs = {
         "conditional": (class_a, class_b),

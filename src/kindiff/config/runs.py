@@ -18,7 +18,10 @@ class ObjectiveConfig:
     schedule: Literal["linear", "cosine"] = "linear"
     """Noise schedule of the epsilon objective."""
     label_dropout: float = 0.1
-    """Share of samples trained as the null class (for classifier-free guidance); tailors are off there."""
+    """Share of samples trained as the null class (for classifier-free guidance)."""
+    null_gate: Literal["off", "class"] = "off"
+    """What the gate sees without a label, in training and in guidance's null pass. off: nothing, so the learngenes are
+    the unconditional model. class (an ablation): the class, whose tailor stays on."""
     gate_dropout: float = 0.2
     """Share of samples whose tailors are off while their class embedding stays on."""
     gate_labels: Literal["class", "shuffled"] = "class"
@@ -227,6 +230,10 @@ class PretrainConfig:
             raise UsageError(
                 f"superclasses is {self.superclasses!r} with gate {self.kind.gate!r} and method {self.method!r}; "
                 "superclasses go with method kind and kind.gate superclass, and only with them."
+            )
+        if self.method != "kind" and self.objective.null_gate != "off":
+            raise UsageError(
+                f"objective.null_gate needs tailors, which method {self.method} has not; leave it out."
             )
         if self.init and self.method not in ("kind", "dense"):
             raise UsageError(

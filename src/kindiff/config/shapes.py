@@ -59,6 +59,8 @@ class DiTConfig:
     diffusers' own DiT uses instead."""
     mlp_norm_eps: float = 1e-6
     """Epsilon of the norm before the MLP: 1e-6 as published; diffusers' DiT has 1e-5 unless told otherwise."""
+    null_gate: Literal["off", "class"] = "off"
+    """What the gate sees in guidance's null pass: nothing, or the class (ObjectiveConfig)."""
 
     def __post_init__(self) -> None:
         for name, largest in LARGEST.items():
@@ -137,6 +139,7 @@ class BackboneConfig:
         objective: Literal["flow", "epsilon"] = "flow",
         schedule: Literal["linear", "cosine"] = "linear",
         autoencoder: str = "",
+        null_gate: Literal["off", "class"] = "off",
     ) -> DiTConfig:
         """The whole DiTConfig, once the data is known."""
         width, depth, heads, patch = (
@@ -145,7 +148,7 @@ class BackboneConfig:
         return DiTConfig(
             input_size=input_size, channels=channels, num_classes=num_classes, width=width, depth=depth,
             heads=heads, patch=patch, objective=objective, schedule=schedule, autoencoder=autoencoder,
-            time_features=self.time_features,
+            time_features=self.time_features, null_gate=null_gate,
         )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ class Batch(NamedTuple):
     ids_B: Tensor
     """(B,) int64 class ids after label dropout."""
     gate_ids_B: Tensor
-    """(B,) int64 class ids for the gate: null where the label or the gate was dropped."""
+    """(B,) int64 class ids for the gate: null where the gate was dropped, and the label too (see null_gate)."""
     noise_BCHW: Tensor
     """(B, C, H, W) float32 standard normal."""
     u_B: Tensor
@@ -68,7 +68,9 @@ def make_batch(
     ids_B = drop_labels(
         samples.labels[index_B], label_B, probability=objective.label_dropout, null_id=null_id
     )
-    on_B = np.where(ids_B == null_id, null_id, drawn) if drawn else ids_B
+    on_B = np.array(drawn) if drawn else samples.labels[index_B]
+    if objective.null_gate == "off":
+        on_B = np.where(ids_B == null_id, null_id, on_B)
     gate_ids_B = drop_labels(on_B, gate_B, probability=objective.gate_dropout, null_id=null_id)
     return Batch(
         x_BCHW=torch.from_numpy(_drawn(samples, index_B, (flip_B < 0.5) & flip, seed, first_position)),

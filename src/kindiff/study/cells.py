@@ -26,7 +26,7 @@ from kindiff.evaluate.sources import from_set
 from kindiff.pipeline import DiTPipeline
 from kindiff.study.config import Cell, Study
 from kindiff.study.grid import Work
-from kindiff.study.recombined import smaller
+from kindiff.study.recombined import cut, smaller
 from kindiff.study.records import Figures, Record, read_records, write_record
 from kindiff.train import adapt, pretrain, transfer
 from kindiff.train.rollback import NotFinite
@@ -109,8 +109,11 @@ class Bench:
         failed = ""
         try:
             if method.transfer is not None:
-                recipe = replace(method.transfer, data=task.data, train=train)
-                transfer(base / "parts", recipe, folder)
+                recipe, parts = replace(method.transfer, data=task.data, train=train), base / "parts"
+                if method.cut:
+                    parts = folder.with_name(f"{folder.name}--parts")
+                    save_components(decompose(cut(base, method.cut)), parts)
+                transfer(parts, recipe, folder)
             elif method.rival is not None:
                 recipe = AdaptConfig(data=task.data, rival=method.rival, train=train)
                 adapt(base / "model", recipe, folder)

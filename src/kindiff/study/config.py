@@ -113,6 +113,8 @@ class MethodConfig:
     """KIND's transfer; its data and train come from the task."""
     rival: RivalConfig | None = None
     """Another method."""
+    cut: int = 0
+    """With transfer from a dense base: components of every matrix that SVD leaves it as its learngenes (a control)."""
     recombine: RecombineConfig | None = None
     """A smaller model of the base's classes, for tasks that are made of these."""
     tasks: tuple[str, ...] = ()
@@ -123,6 +125,8 @@ class MethodConfig:
             raise UsageError(
                 f"method {self.label!r} needs one of the tables [transfer], [rival] and [recombine]."
             )
+        if self.cut and self.transfer is None:
+            raise UsageError(f"method {self.label!r}: cut goes with the table [transfer].")
         blank = TransferConfig()
         if self.transfer is not None and (self.transfer.data, self.transfer.train) != (
             blank.data,

@@ -29,11 +29,11 @@ def smaller(recipe: PretrainConfig, base: Path, config: RecombineConfig, folder:
         kind = dataclasses.replace(
             kind, learngene_rank=config.learngene_rank or kind.learngene_rank, targets=parts.targets
         )
+    elif config.learngene_rank:
+        model = cut(base, config.learngene_rank)
+        kind = KindConfig(learngene_rank=config.learngene_rank, tailor_rank=0, init="svd")
     else:
         model = DiT.from_pretrained(base / "model")
-        if config.learngene_rank:
-            kind = KindConfig(learngene_rank=config.learngene_rank, tailor_rank=0, init="svd")
-            model = factorize(model, kind)
     if not config.train:
         model.save_pretrained(folder / "model")
         return recipe
@@ -47,6 +47,12 @@ def smaller(recipe: PretrainConfig, base: Path, config: RecombineConfig, folder:
     )
     pretrain(recipe, folder)
     return recipe
+
+
+def cut(base: Path, rank: int) -> DiT:
+    """A dense base's model with the largest `rank` components of each matrix (SVD) and no tailors."""
+    kind = KindConfig(learngene_rank=rank, tailor_rank=0, init="svd")
+    return factorize(DiT.from_pretrained(base / "model"), kind)
 
 
 def without_tailors(parts: Components) -> Components:

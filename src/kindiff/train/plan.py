@@ -33,7 +33,7 @@ from kindiff.runtime import device_of
 from kindiff.train.measuring import CPU_IMAGES, STEPS, measure
 from kindiff.train.memory import free, memory
 from kindiff.train.pretraining import new_model
-from kindiff.train.transferring import check_fit, model_to_train
+from kindiff.train.transferring import check_fit, model_to_train, transfer_objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,10 +138,17 @@ def transfer_plan(parts: Path, config: TransferConfig) -> Plan:
             to_measure = model.to
         else:
             model = _transferred(shape, loaded.learngene_rank, config, found.classes)
-    objective = ObjectiveConfig(kind=shape.objective, label_dropout=0.0, gate_dropout=0.0)
     assert model.structure is not None
     what = f"learngene rank {model.structure['rank']} (frozen), {what}"
-    return _plan(model, what, found, objective, config.train, flip=config.data.flip, to_measure=to_measure)
+    return _plan(
+        model,
+        what,
+        found,
+        transfer_objective(shape),
+        config.train,
+        flip=config.data.flip,
+        to_measure=to_measure,
+    )
 
 
 def expected(data: DataConfig) -> Expected:
@@ -188,6 +195,7 @@ def _shape(config: PretrainConfig, found: Expected) -> DiTConfig:
     return config.model.build(
         input_size=found.size, channels=found.channels, num_classes=len(found.classes),
         objective=config.objective.kind, schedule=config.objective.schedule, autoencoder=found.autoencoder,
+        null_gate=config.objective.null_gate,
     )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ def new_model(config: PretrainConfig, samples: SampleSet) -> DiT:
         num_classes=len(samples.classes),
         objective=config.objective.kind,
         schedule=config.objective.schedule,
+        null_gate=config.objective.null_gate,
         autoencoder=samples.autoencoder_hash,
     )
     return starting_model(config, shape, samples.classes)

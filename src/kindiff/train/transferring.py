@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -49,14 +50,22 @@ def transfer(parts_directory: str | Path, config: TransferConfig, out: str | Pat
             if model is None:
                 say(f"{run.folder} is finished already")
                 return DiTPipeline.from_pretrained(run.model)
-            # Learngenes do not train here, so a sample without its tailor would teach nothing.
-            objective = ObjectiveConfig(kind=parts.config.objective, label_dropout=0.0, gate_dropout=0.0)
             trained = DiTPipeline(
-                fit(model, samples, objective, config.train, run, config.data.flip),
+                fit(model, samples, transfer_objective(parts.config), config.train, run, config.data.flip),
                 load_autoencoder(parts_directory),
             )
             ranks.on_first(lambda: trained.save_pretrained(run.model))
             return DiTPipeline.from_pretrained(run.model)
+
+
+def transfer_objective(shape: DiTConfig) -> ObjectiveConfig:
+    """What fresh tailors on the learngenes of a model of this shape learn to predict.
+
+    Learngenes do not train, so a sample without its tailor would teach nothing; where the tailor stays on without a
+    label, some are trained so.
+    """
+    usual = ObjectiveConfig(kind=shape.objective, null_gate=shape.null_gate, gate_dropout=0.0)
+    return usual if shape.null_gate == "class" else replace(usual, label_dropout=0.0)
 
 
 def model_to_train(parts: Components, samples: SampleSet, config: TransferConfig) -> DiT:
