@@ -25,6 +25,7 @@ from kindiff.errors import BadFileError, UsageError
 from kindiff.models.autoencoder import Autoencoder
 from kindiff.randomness import Purpose, stream
 from kindiff.train.encoding import encode
+from kindiff.train.rollback import NotFinite
 from toys import SHAPES, SIZE, files_of, kindiff_script, one_thread, write_image_folder, write_shapes
 
 OBJECTIVE = ObjectiveConfig(label_dropout=0.0, gate_dropout=0.0)
@@ -274,6 +275,16 @@ def test_weights_that_are_not_finite_are_found(tmp_path: Path, codec: Path, phot
     model.save_pretrained(tmp_path / "bad")
     with pytest.raises(BadFileError, match=r"not finite for images of shard-00000\.npy"):
         encode(settings(photos, tmp_path / "bad"), tmp_path / "latents")
+
+
+def test_an_autoencoder_that_cannot_be_trained_ends_in_a_sentence(
+    tmp_path: Path, photos: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(Autoencoder, "loss", lambda self, x, noise: self.encode(x)[0].sum() * torch.inf)
+    config = settings(photos, "", steps=2, model=AutoencoderConfig(width=8))
+    with pytest.raises(NotFinite, match=r"step 0 of the autoencoder: .* nothing was written"):
+        encode(config, tmp_path / "latents")
+    assert not (tmp_path / "latents").exists()
 
 
 def test_shards_are_mapped_and_not_kept_open(tmp_path: Path, codec: Path, photos: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from kindiff.errors import BadFileError, UsageError
 from kindiff.study.config import Cell, read_study
 from kindiff.study.grid import done, left
 from kindiff.study.records import read_records, write_record
+from kindiff.study.runner import run_workers
 from kindiff.study.tables import best_rows, markdown, sweep, sweep_markdown
 
 RATES = (0.001, 0.003, 0.01, 0.03)
@@ -33,7 +35,8 @@ def test_rates_are_tried_first_then_the_best_is_scored_with_every_seed(study):
     scored = [replace(r, test=figures(3.0)) if r.lr == 0.003 else r for r in swept]
     scored.append(record("kind", 0.003, seed=1, test=2.0))
     assert [w.cell.method for w in left(study, scored)] == ["lora"] * 4
-    assert (done(study, scored), study.units) == (6, 12)
+    assert (done(study, scored), study.units()) == (6, 12)
+    assert (done(study, scored, ["lora"]), study.units(["lora"])) == (0, 6)
 
 
 def test_a_rate_that_fails_is_passed_over_and_a_method_that_always_fails_ends(study):
@@ -44,6 +47,16 @@ def test_a_rate_that_fails_is_passed_over_and_a_method_that_always_fails_ends(st
         w.cell for w in left(study, one_works) if w.test
     ]
     assert "failed" in sweep_markdown(one_works)
+
+
+def test_a_worker_that_fails_is_told_of(study, tmp_path, capfd):
+    command = [sys.executable, "-c", "import sys; print('why'); sys.exit(3)"]
+    assert run_workers(study, tmp_path, workers=2, command=command) == 2
+    said = capfd.readouterr().err
+    for i in range(2):
+        log = tmp_path / "small" / f"worker-{i}.log"
+        assert f"a worker failed, {log} says why" in said
+        assert log.read_text() == "why\n"
 
 
 def test_a_row_is_the_mean_at_the_best_validation_rate_not_the_best_test():

@@ -64,7 +64,10 @@ def run(args: Args) -> None:
             str(args.work),
         ]
         command += ["--only", *args.only] if args.only else []
-        if failed := run_workers(study, args.work.absolute(), workers=args.workers, command=command):
+        failed = run_workers(
+            study, args.work.absolute(), workers=args.workers, command=command, only=args.only
+        )
+        if failed:
             raise ChildProcessError(
                 f"{failed} of {args.workers} workers failed; {args.work / study.name}/worker-*.log say why."
             )

@@ -179,10 +179,10 @@ class Study:
         recombine = self.methods[method].recombine
         return self.config.lrs if recombine is None or recombine.train else self.config.lrs[:1]
 
-    @property
-    def units(self) -> int:
-        """Units of work in all: a rate tried, a seed scored."""
-        return sum(len(self.rates(method)) + len(self.config.seeds) for _, method in self.pairs())
+    def units(self, only: Sequence[str] = ()) -> int:
+        """Units of work in all, of what `only` picks: a rate tried, a seed scored."""
+        picked = [m for t, m in self.pairs() if self.picks(t, m, only)]
+        return sum(len(self.rates(m)) + len(self.config.seeds) for m in picked)
 
     def pairs(self) -> list[tuple[str, str]]:
         """Every (task, method), the methods of a task together."""

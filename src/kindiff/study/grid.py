@@ -44,9 +44,9 @@ def left(study: Study, records: Sequence[Record]) -> list[Work]:
     return [work for stage in stages for work in stage]
 
 
-def done(study: Study, records: Sequence[Record]) -> int:
-    """Units of work that are done, of study.units; records of what the study no longer has do not count."""
-    pairs, first = study.pairs(), study.config.seeds[0]
+def done(study: Study, records: Sequence[Record], only: Sequence[str] = ()) -> int:
+    """Units of work that are done, of study.units(only); records of what the study no longer has do not count."""
+    pairs, first = [pair for pair in study.pairs() if study.picks(*pair, only)], study.config.seeds[0]
     return sum(
         (r.seed == first) + (r.test is not None)
         for r in records

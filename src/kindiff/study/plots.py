@@ -23,14 +23,14 @@ COLOURS = {
 
 
 def plot(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Write a figure for each task (distance against trainable parameters and against GMACs) and, where tasks differ
-    in their steps alone, one of distance against steps and against time; returns their paths."""
+    """Write STUDY-TASK.png for each task, distance against trainable parameters and against GMACs, and where tasks
+    differ in their steps alone a figure of distance against steps and against time; returns their paths."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    rows = best_rows(records)
+    study, rows = records[0].study, best_rows(records)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for task in dict.fromkeys(row.task for row in rows):
@@ -43,7 +43,7 @@ def plot(records: Sequence[Record], folder: Path) -> list[Path]:
         axes[0].set_ylabel(f"{own[0].distance_name}, lower is better")
         axes[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
         figure.suptitle(f"{task}: each method at its best rate; real against real {own[0].floor:.1f}")
-        paths.append(folder / f"{task}.png")
+        paths.append(folder / f"{study}-{task}.png")
         figure.savefig(paths[-1], dpi=120)
         plt.close(figure)
     for name, lines in by_steps(rows).items():
@@ -58,7 +58,7 @@ def plot(records: Sequence[Record], folder: Path) -> list[Path]:
             axis.set(xscale="log", yscale="log", xlabel=f"{what} of training")
         axes[0].set_ylabel(f"{lines[0][0].distance_name}, lower is better")
         axes[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
-        paths.append(folder / f"{name}.png")
+        paths.append(folder / f"{study}-{name}.png")
         figure.savefig(paths[-1], dpi=120)
         plt.close(figure)
     return paths

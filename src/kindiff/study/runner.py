@@ -41,9 +41,11 @@ def run_alone(study: Study, work: Path, *, only: tuple[str, ...] = ()) -> None:
             time.sleep(PAUSE)  # the rest is in other hands
 
 
-def run_workers(study: Study, work: Path, *, workers: int, command: Sequence[str]) -> int:
-    """Several processes that each run `command` (one that ends in run_alone), threads and GPUs shared out among them;
-    returns the number that failed.
+def run_workers(
+    study: Study, work: Path, *, workers: int, command: Sequence[str], only: tuple[str, ...] = ()
+) -> int:
+    """Several processes that each run `command` (one that ends in run_alone of `only`), threads and GPUs shared out
+    among them; returns the number that failed, each of which is told of at once.
 
     Each writes what it says to WORK/STUDY/worker-I.log. Killed, the same call goes on where it was.
     """
@@ -53,22 +55,27 @@ def run_workers(study: Study, work: Path, *, workers: int, command: Sequence[str
     logs.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // workers)
     gpus = torch.cuda.device_count()
-    processes = []
+    processes: dict[Path, subprocess.Popen[bytes]] = {}
     for i in range(workers):
         own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         if gpus:
             own["CUDA_VISIBLE_DEVICES"] = str(i % gpus)
-        with (logs / f"worker-{i}.log").open("a") as log:
-            processes.append(subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log))
+        path = logs / f"worker-{i}.log"
+        with path.open("a") as log:
+            processes[path] = subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log)
+    failed: set[Path] = set()
     try:
-        with Track(
-            study.name, study.units, unit="cells", done=done(study, read_records(study.results))
-        ) as track:
-            while any(process.poll() is None for process in processes):
+        already = done(study, read_records(study.results), only)
+        with Track(study.name, study.units(only), unit="cells", done=already) as track:
+            while any(process.poll() is None for process in processes.values()):
                 time.sleep(PAUSE)
-                if now := done(study, read_records(study.results)) - track.done:
+                if now := done(study, read_records(study.results), only) - track.done:
                     track.advance(now)
+                for path, process in processes.items():
+                    if process.poll() and path not in failed:
+                        failed.add(path)
+                        say(f"a worker failed, {path} says why; the others go on")
     finally:
-        for process in processes:
+        for process in processes.values():
             process.terminate()  # it saves its checkpoint; nothing where it has ended
-    return sum(process.wait() != 0 for process in processes)
+    return sum(process.wait() != 0 for process in processes.values())

@@ -18,6 +18,7 @@ from kindiff.models.autoencoder import FACTOR, Autoencoder
 from kindiff.progress import Track
 from kindiff.randomness import Purpose, stream
 from kindiff.runtime import device_of
+from kindiff.train.rollback import NotFinite
 
 
 def train_autoencoder(samples: SampleSet, config: EncodeConfig) -> Autoencoder:
@@ -49,7 +50,12 @@ def train_autoencoder(samples: SampleSet, config: EncodeConfig) -> Autoencoder:
                 loss = model.loss(x, noise)
             adam.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if not norm.isfinite():
+                raise NotFinite(
+                    f"step {step} of the autoencoder: the gradient's norm is {float(norm)}; nothing was written. Lower "
+                    f"the learning rate ({config.lr:g}), or use fp32."
+                )
             adam.step()
             if step % 20 == 0:
                 track.note = f"loss {float(loss.detach()):.4f}"
