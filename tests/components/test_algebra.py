@@ -208,6 +208,25 @@ def test_one_tailor_for_the_task_is_one_slot(kind_model: DiT) -> None:
     assert "final.out.weight" not in trained
 
 
+def test_a_tailor_a_class_and_one_for_the_task_are_both_on(kind_model: DiT, inputs) -> None:
+    parts = decompose(kind_model)
+    model = parts.with_new_tailors(["owl", "fox"], rank=3, share="both", nearest={"owl": "dog"})
+    assert (model.structure["slots"], model.structure["gate_width"]) == (3, 2)
+    assert model.gate.slots_CK.tolist()[:2] == [[0, 2], [1, 2]]
+    assert model.gate.slots_on(torch.tensor([1])).tolist() == [1, 2]
+    x, t, _ = inputs
+    owl = torch.zeros(7, dtype=torch.int64)
+    alone = parts.with_new_tailors(["owl"], rank=3, nearest={"owl": "dog"})
+    torch.testing.assert_close(
+        model(x, t, owl), alone(x, t, owl), rtol=0, atol=1e-5
+    )  # the task's starts at zero
+    for _, layer in model.named_matrices():
+        torch.nn.init.normal_(layer.tailor_u, std=0.1)
+    taught = decompose(model)
+    assert taught.tailor_rank == 6, "a class's part is the sum of its two tailors"
+    torch.testing.assert_close(taught.recombine(["owl"])(x, t, owl), model(x, t, owl), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [

@@ -159,7 +159,9 @@ def test_moments_from_before_the_first_step_can_be_loaded(kind_model: DiT) -> No
     assert_same_tensors(resumed.tensors(), Optimiser(kind_model, config).tensors())
 
 
-@pytest.mark.parametrize(("share", "init"), [("class", "fresh"), ("class", "nearest"), ("task", "fresh")])
+@pytest.mark.parametrize(
+    ("share", "init"), [("class", "fresh"), ("class", "nearest"), ("task", "fresh"), ("both", "nearest")]
+)
 def test_transfer_leaves_the_learngenes_to_the_bit(tmp_path: Path, share, init) -> None:
     source = write_shapes(tmp_path / "shapes")
     parts = decompose(pretrain(toy(source, steps=4), tmp_path / "run").model)
@@ -176,6 +178,8 @@ def test_transfer_leaves_the_learngenes_to_the_bit(tmp_path: Path, share, init) 
     assert all(tensor.any() for tensor in ring.values())
     same = torch.equal(ring["blocks.0.q.u"], cross["blocks.0.q.u"])
     assert same == (share == "task")
+    assert torch.equal(ring["blocks.0.q.u"][-2:], cross["blocks.0.q.u"][-2:]) == (share in ("task", "both"))
+    assert len(ring["blocks.0.q.u"]) == (4 if share == "both" else 2)
     assert not torch.equal(ring["class_embed"], cross["class_embed"])
     both = parts.extended(taught).recombine([*SHAPES[:1], *NEW_SHAPES])  # they still fit together
     assert both.classes.names == ("disc", "ring", "cross")

@@ -95,16 +95,17 @@ def test_activations_are_what_autograd_keeps(precision, kind, width, side) -> No
     assert activations(model, precision, 3, CPU) == pytest.approx(counted, rel=0.06)
 
 
-def test_what_trains_is_counted_apart(shapes: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", ["task", "both"])
+def test_what_trains_is_counted_apart(shapes: Path, tmp_path: Path, share) -> None:
     model = new_model(toy(shapes), open_samples(DataConfig(source=str(shapes), size=SIZE)))
     save_components(decompose(model), tmp_path / "parts")
     write_shapes(tmp_path / "new", NEW_SHAPES)
     config = TransferConfig(
-        data=DataConfig(source=str(tmp_path / "new"), size=SIZE), rank=3, share="task", train_also=("bias",),
+        data=DataConfig(source=str(tmp_path / "new"), size=SIZE), rank=3, share=share, train_also=("bias",),
         train=TrainConfig(steps=10, batch=4),
     )  # fmt: skip
     plan = transfer_plan(tmp_path / "parts", config)
-    parts = decompose(model).with_new_tailors(NEW_SHAPES, rank=3, share="task", train_also=("bias",))
+    parts = decompose(model).with_new_tailors(NEW_SHAPES, rank=3, share=share, train_also=("bias",))
     trained = sum(p.numel() for p in parts.parameters() if p.requires_grad)
     assert (plan.trainable, plan.parameters) == (trained, sum(p.numel() for p in parts.parameters()))
     assert plan.macs == counted_macs(parts)

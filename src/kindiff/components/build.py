@@ -16,7 +16,7 @@ from kindiff.classes import ClassSet, shorten
 from kindiff.components import algebra
 from kindiff.components.gates import SoftGate, TableGate
 from kindiff.components.linear import ComponentLinear
-from kindiff.config import MATRICES, DiTConfig, KindConfig, from_dict, to_dict
+from kindiff.config import MATRICES, DiTConfig, KindConfig, Share, from_dict, to_dict
 from kindiff.errors import UsageError
 from kindiff.models.dit import DiT
 
@@ -144,6 +144,13 @@ def slots_of_classes(
     for name in classes.names:
         places.setdefault(superclasses[name], len(classes) + len(places))
     return [[*slot, places[superclasses[name]]] for slot, name in zip(own, classes.names, strict=True)]
+
+
+def slots_by_share(count: int, share: Share) -> list[list[int]]:
+    """The tailor slots of each of `count` classes: one of its own, the same one for all, or one of each sort."""
+    if share == "task":
+        return [[0]] * count
+    return [[i] if share == "class" else [i, count] for i in range(count)]
 
 
 def _outside_matrices(model: DiT) -> dict[str, torch.Tensor]:

@@ -20,11 +20,11 @@ from kindiff.classes import ClassSet
 from kindiff.components import algebra
 from kindiff.components.algebra import Factors
 from kindiff.components.assembly import factors_of, fill_slot_, freeze_learngenes, merge_
-from kindiff.components.build import Structure, empty
+from kindiff.components.build import Structure, empty, slots_by_share
 from kindiff.components.gates import TableGate
 from kindiff.components.linear import ComponentLinear
 from kindiff.components.strategy import factored_is_cheaper
-from kindiff.config import MATRICES, DiTConfig
+from kindiff.config import MATRICES, DiTConfig, Share
 from kindiff.errors import UsageError
 from kindiff.models.dit import DiT
 
@@ -35,6 +35,8 @@ components. auto: the cheaper of the two. merged: one class, everything in one w
 EMBEDDING = "class_embed"
 NULL_EMBEDDING = "null_embed"
 GATE = "gate."
+TASK = ""
+"""The tailor that all classes of a task share, among tailors by class; no class has this name."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Components:
         classes: Iterable[str],
         *,
         rank: int,
-        share: Literal["class", "task"] = "class",
+        share: Share = "class",
         targets: tuple[str, ...] = MATRICES,
         nearest: Mapping[str, str] | None = None,
         train_also: tuple[Literal["bias", "final"], ...] = (),
@@ -118,9 +120,9 @@ class Components:
     ) -> DiT:
         """A model of new classes on these learngenes, frozen; only fresh tailors and class embeddings train.
 
-        rank: N_T of the new tailors. share: a tailor for each class, or one for the whole task. nearest: for a
-        new class the existing class whose tailor and embedding it starts from (its first `rank` components);
-        the others start at zero with the mean embedding. train_also: learngene parts that train too. The
+        rank: N_T of the new tailors. share: a tailor for each class, one for the whole task, or both at once.
+        nearest: for a new class the existing class whose tailor and embedding it starts from (its first `rank`
+        components); the others start at zero with the mean embedding. train_also: learngene parts that train too. The
         parameters that train are those with requires_grad. UsageError for a class asked twice or a rank that
         is too large.
         """
@@ -141,7 +143,7 @@ class Components:
         shapes = {m: self.config.matrix_shape(m) for m in targets}
         names = [f"blocks.{i}.{m}" for i in range(self.config.depth) for m in targets]
         tailors: dict[str, dict[str, Tensor]] = {}
-        for name in wanted.names:
+        for name in (*wanted.names, *([TASK] if share == "both" else [])):
             parent = self.tailors[known.names[known.id(nearest[name])]] if known and name in nearest else None
             tensors = {EMBEDDING: mean if parent is None else parent[EMBEDDING]}
             for matrix in names:
@@ -154,7 +156,7 @@ class Components:
         parts = dataclasses.replace(
             self, config=_with_classes(self.config, len(wanted)), targets=targets, tailors=tailors
         )
-        model = parts._assemble(wanted, None, dense=False, slots=1 if share == "task" else None)
+        model = parts._assemble(wanted, None, dense=False, share=share)
         return freeze_learngenes(model, train_also)
 
     def extended(self, other: Components) -> Components:
@@ -179,15 +181,17 @@ class Components:
         learngene_rank: int | None,
         *,
         dense: bool,
-        slots: int | None = None,
+        share: Share = "class",
         copy: bool = True,
     ) -> DiT:
         rank = learngene_rank or self.learngene_rank
-        slots = len(wanted) if slots is None else slots
+        table = slots_by_share(len(wanted), share)
+        own_slots = [*wanted.names, TASK][: 1 + max(map(max, table))]
         structure = Structure(
             rank=None if dense else rank,
             tailor_rank=self._rank_of(wanted),
-            slots=slots,
+            slots=len(own_slots),
+            gate_width=len(table[0]),
             targets=self.targets,
         )
         dtype = self.learngenes[NULL_EMBEDDING].dtype
@@ -215,10 +219,10 @@ class Components:
                 state |= {f"{name}.{leaf}": own(tensor) for leaf, tensor in learngenes._asdict().items()}
             if layer.has_tailors:
                 bank = Factors(*(torch.empty(tensor.shape, dtype=dtype) for tensor in layer.tailors))
-                for slot in range(slots):
-                    fill_slot_(bank, slot, self.tailors[wanted.names[slot]], name)
+                for slot, owner in enumerate(own_slots):
+                    fill_slot_(bank, slot, self.tailors[owner], name)
                 state |= {f"{name}.tailor_{leaf}": tensor for leaf, tensor in bank._asdict().items()}
-        gate = TableGate(len(wanted)).fill_([[min(i, slots - 1)] for i in range(len(wanted))])
+        gate = TableGate(len(wanted), len(table[0])).fill_(table)
         state |= {GATE + name: tensor for name, tensor in gate.state_dict().items()}
         model.load_state_dict(state, assign=True)
         model.set_positions_()

@@ -22,6 +22,7 @@ from kindiff.config.shapes import (
     DesignConfig,
     DiTConfig,
     KindConfig,
+    Share,
 )
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "PretrainConfig",
     "RivalConfig",
     "SampleConfig",
+    "Share",
     "TrainConfig",
     "TransferConfig",
     "from_dict",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from kindiff.config.shapes import MATRICES, AutoencoderConfig, BackboneConfig, KindConfig
+from kindiff.config.shapes import MATRICES, AutoencoderConfig, BackboneConfig, KindConfig, Share
 from kindiff.errors import UsageError
 
 
@@ -248,8 +248,8 @@ class TransferConfig:
     data: DataConfig = field(default_factory=lambda: DataConfig(source="avatars:novel", per_class=50))
     rank: int = 2
     """N_T of the fresh tailors."""
-    share: Literal["class", "task"] = "class"
-    """class: a tailor for each new class. task: one tailor that all new classes share."""
+    share: Share = "class"
+    """class: a tailor for each new class. task: one tailor that all new classes share. both: one of each, both on."""
     init: Literal["fresh", "nearest"] = "fresh"
     """fresh: u at zero, v random. nearest: a copy of the pre-trained tailor that fits the class best."""
     targets: tuple[str, ...] = MATRICES

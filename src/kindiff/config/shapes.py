@@ -28,6 +28,10 @@ MATRICES = ("q", "k", "v", "o", "mlp_in", "mlp_out")
 """The factored matrices of a block, KIND's {q, k, v, o, in, out}."""
 
 
+Share = Literal["class", "task", "both"]
+"""Who has a fresh tailor at transfer: each class, the task as a whole, or each class and the task."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
     """Shape of a diffusion transformer."""
@@ -226,8 +230,8 @@ class DesignConfig:
     """N_G of every matrix; 0 for dense matrices."""
     tailor_rank: int = 0
     """N_T of every matrix."""
-    share: Literal["class", "task"] = "class"
-    """class: a tailor for each class. task: one tailor for all."""
+    share: Share = "class"
+    """class: a tailor for each class. task: one tailor for all. both: one of each."""
     targets: tuple[str, ...] = MATRICES
     """The matrices that have tailors."""
     trains: Literal["all", "tailors"] = "all"

@@ -11,7 +11,7 @@ import torch
 from kindiff.classes import ClassSet, numbered
 from kindiff.components import load_components
 from kindiff.components.assembly import freeze_learngenes
-from kindiff.components.build import Structure, check_rank, empty, structure_of
+from kindiff.components.build import Structure, check_rank, empty, slots_by_share, structure_of
 from kindiff.components.gates import TableGate
 from kindiff.config import (
     DataConfig,
@@ -213,8 +213,9 @@ def _transferred(shape: DiTConfig, learngene_rank: int, config: TransferConfig, 
     shape = DiTConfig(**fields | {"num_classes": len(classes)})
     for matrix in config.targets:
         check_rank(config.rank, matrix, shape, what="tailor")
+    table = slots_by_share(len(classes), config.share)
     structure = Structure(
-        rank=learngene_rank, tailor_rank=config.rank, slots=1 if config.share == "task" else len(classes),
+        rank=learngene_rank, tailor_rank=config.rank, slots=1 + max(map(max, table)), gate_width=len(table[0]),
         targets=config.targets,
     )  # fmt: skip
     with torch.device("meta"):
