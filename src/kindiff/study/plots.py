@@ -23,25 +23,38 @@ COLOURS = {
 
 
 def plot(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Write STUDY-TASK.png for each task, distance against trainable parameters and against GMACs, and where tasks
-    differ in their steps alone a figure of distance against steps and against time; returns their paths."""
+    """Write STUDY-TASK.png for each task, distance against trainable parameters and GMACs (where they differ), and
+    where tasks differ in their steps alone a figure of distance against steps and time; returns their paths."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     study, rows = records[0].study, best_rows(records)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for task in dict.fromkeys(row.task for row in rows):
         own = [row for row in rows if row.task == task]
-        figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", sharey=True)
-        _scatter(axes[0], own, [row.trainable / 1000 for row in own], "trainable parameters, thousands")
-        _scatter(axes[1], own, [row.gmacs * 1000 for row in own], "inference, million MACs an image")
-        axes[0].set_xscale("symlog" if any(row.trainable == 0 for row in own) else "log")
-        axes[0].xaxis.set_major_formatter(lambda value, position: f"{value:g}")
+        costs = {
+            "trainable parameters, thousands": [row.trainable / 1000 for row in own],
+            "inference, million MACs an image": [row.gmacs * 1000 for row in own],
+        }
+        differ = {label: x for label, x in costs.items() if len(set(x)) > 1} or costs
+        figure, panels = plt.subplots(
+            1, len(differ), figsize=(6 * len(differ), 4.5), layout="constrained", sharey=True, squeeze=False
+        )
+        axes = panels[0]
+        for axis, (label, x) in zip(axes, differ.items(), strict=True):
+            _scatter(axis, own, x, label)
+            if label.startswith("trainable"):
+                axis.set_xscale("symlog" if min(x) == 0 else "log")
+                axis.xaxis.set_minor_formatter(NullFormatter())
+                if min(x) > 0:
+                    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
         axes[0].set_ylabel(f"{own[0].distance_name}, lower is better")
-        axes[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
+        axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
         figure.suptitle(f"{task}: each method at its best rate; real against real {own[0].floor:.1f}")
         paths.append(folder / f"{study}-{task}.png")
         figure.savefig(paths[-1], dpi=120)
