@@ -115,12 +115,13 @@ def structure_of(
     for matrix in kind.targets:
         check_rank(kind.tailor_rank, matrix, config, what="tailor")
     table = slots_of_classes(classes, kind, superclasses)
+    slots, width = sizes_of(table)
     structure = Structure(
         rank=kind.learngene_rank,
         tailor_rank=kind.tailor_rank,
-        slots=1 + max(max(row) for row in table),
+        slots=slots,
         gate="soft" if kind.gate == "soft" else "table",
-        gate_width=len(table[0]),
+        gate_width=width,
         targets=kind.targets,
     )
     return structure, table
@@ -144,6 +145,11 @@ def slots_of_classes(
     for name in classes.names:
         places.setdefault(superclasses[name], len(classes) + len(places))
     return [[*slot, places[superclasses[name]]] for slot, name in zip(own, classes.names, strict=True)]
+
+
+def sizes_of(table: list[list[int]]) -> tuple[int, int]:
+    """Slots and gate width of a structure whose classes have these slots."""
+    return 1 + max(map(max, table)), len(table[0])
 
 
 def slots_by_share(count: int, share: Share) -> list[list[int]]:

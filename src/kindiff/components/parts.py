@@ -20,7 +20,7 @@ from kindiff.classes import ClassSet
 from kindiff.components import algebra
 from kindiff.components.algebra import Factors
 from kindiff.components.assembly import factors_of, fill_slot_, freeze_learngenes, merge_
-from kindiff.components.build import Structure, empty, slots_by_share
+from kindiff.components.build import Structure, empty, sizes_of, slots_by_share
 from kindiff.components.gates import TableGate
 from kindiff.components.linear import ComponentLinear
 from kindiff.components.strategy import factored_is_cheaper
@@ -186,12 +186,13 @@ class Components:
     ) -> DiT:
         rank = learngene_rank or self.learngene_rank
         table = slots_by_share(len(wanted), share)
-        own_slots = [*wanted.names, TASK][: 1 + max(map(max, table))]
+        slots, width = sizes_of(table)
+        own_slots = [*wanted.names, TASK][:slots]
         structure = Structure(
             rank=None if dense else rank,
             tailor_rank=self._rank_of(wanted),
-            slots=len(own_slots),
-            gate_width=len(table[0]),
+            slots=slots,
+            gate_width=width,
             targets=self.targets,
         )
         dtype = self.learngenes[NULL_EMBEDDING].dtype
@@ -222,7 +223,7 @@ class Components:
                 for slot, owner in enumerate(own_slots):
                     fill_slot_(bank, slot, self.tailors[owner], name)
                 state |= {f"{name}.tailor_{leaf}": tensor for leaf, tensor in bank._asdict().items()}
-        gate = TableGate(len(wanted), len(table[0])).fill_(table)
+        gate = TableGate(len(wanted), width).fill_(table)
         state |= {GATE + name: tensor for name, tensor in gate.state_dict().items()}
         model.load_state_dict(state, assign=True)
         model.set_positions_()

@@ -6,7 +6,7 @@ import torch
 
 from kindiff.classes import numbered
 from kindiff.components.assembly import freeze_learngenes
-from kindiff.components.build import Structure, empty, slots_by_share
+from kindiff.components.build import Structure, empty, sizes_of, slots_by_share
 from kindiff.config import DesignConfig
 from kindiff.models.dit import DiT
 
@@ -23,10 +23,10 @@ def design(config: DesignConfig) -> DiT:
     with torch.device("meta"):
         if not config.learngene_rank:
             return DiT(shape, classes=classes)
-        table = slots_by_share(config.classes, config.share)
+        slots, width = sizes_of(slots_by_share(config.classes, config.share))
         structure = Structure(
-            rank=config.learngene_rank, tailor_rank=config.tailor_rank, slots=1 + max(map(max, table)),
-            gate_width=len(table[0]), targets=config.targets,
+            rank=config.learngene_rank, tailor_rank=config.tailor_rank, slots=slots, gate_width=width,
+            targets=config.targets,
         )  # fmt: skip
         model = empty(shape, classes, structure)
     return freeze_learngenes(model, config.train_also) if config.trains == "tailors" else model

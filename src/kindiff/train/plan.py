@@ -11,7 +11,7 @@ import torch
 from kindiff.classes import ClassSet, numbered
 from kindiff.components import load_components
 from kindiff.components.assembly import freeze_learngenes
-from kindiff.components.build import Structure, check_rank, empty, slots_by_share, structure_of
+from kindiff.components.build import Structure, check_rank, empty, sizes_of, slots_by_share, structure_of
 from kindiff.components.gates import TableGate
 from kindiff.config import (
     DataConfig,
@@ -138,17 +138,10 @@ def transfer_plan(parts: Path, config: TransferConfig) -> Plan:
             to_measure = model.to
         else:
             model = _transferred(shape, loaded.learngene_rank, config, found.classes)
+    objective = transfer_objective(shape)
     assert model.structure is not None
     what = f"learngene rank {model.structure['rank']} (frozen), {what}"
-    return _plan(
-        model,
-        what,
-        found,
-        transfer_objective(shape),
-        config.train,
-        flip=config.data.flip,
-        to_measure=to_measure,
-    )
+    return _plan(model, what, found, objective, config.train, flip=config.data.flip, to_measure=to_measure)
 
 
 def expected(data: DataConfig) -> Expected:
@@ -213,10 +206,9 @@ def _transferred(shape: DiTConfig, learngene_rank: int, config: TransferConfig, 
     shape = DiTConfig(**fields | {"num_classes": len(classes)})
     for matrix in config.targets:
         check_rank(config.rank, matrix, shape, what="tailor")
-    table = slots_by_share(len(classes), config.share)
+    slots, width = sizes_of(slots_by_share(len(classes), config.share))
     structure = Structure(
-        rank=learngene_rank, tailor_rank=config.rank, slots=1 + max(map(max, table)), gate_width=len(table[0]),
-        targets=config.targets,
+        rank=learngene_rank, tailor_rank=config.rank, slots=slots, gate_width=width, targets=config.targets,
     )  # fmt: skip
     with torch.device("meta"):
         return freeze_learngenes(empty(shape, classes, structure), config.train_also)
