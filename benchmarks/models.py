@@ -37,6 +37,7 @@ from kindiff.train.memory import activations
 from kindiff.train.optimiser import Optimiser
 
 CLASSES = 150
+torch._dynamo.config.recompile_limit = 64  # all blocks of all variants count together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,8 @@ class Args:
     """Rounds; each runs every variant once."""
     batch: int = 8
     """Images a batch (256 tokens each)."""
+    batches: tuple[int, ...] = (64, 128, 256)
+    """Of gpu."""
     device: str = "auto"
     """auto, cpu or cuda."""
     compile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -119,7 +122,7 @@ def step_run(
         else None
     )
     if compiled:
-        model.compile(dynamic=False)
+        compile_blocks(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     other = None if own else torch.optim.AdamW(trained, lr=1e-5, fused=True)
     loss = loss_of(config)
@@ -147,6 +150,14 @@ def step_run(
             other.step()
 
     return run
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """As training does it: one graph a block, compiled once for all blocks of a model."""
+    for name, blocks in model.named_modules():
+        if name.rpartition(".")[2] in ("blocks", "transformer_blocks"):
+            for block in blocks:
+                block.compile(dynamic=False, fullgraph=True)
 
 
 def steps(args: Args, device: torch.device) -> list[dict[str, Any]]:
@@ -230,7 +241,8 @@ def guided_run(
     compiled: bool,
 ) -> Callable[[], None]:
     model.to(device).eval()
-    call = torch.compile(model, dynamic=False) if compiled else model
+    if compiled:
+        compile_blocks(model)
     x = torch.randn(2 * batch, config.channels, config.input_size, config.input_size, device=device)
     t = torch.full((2 * batch,), 500.0, device=device)
     own = len(model.classes) if isinstance(model, DiT) else CLASSES
@@ -241,7 +253,7 @@ def guided_run(
             torch.inference_mode(),
             torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16),
         ):
-            call(x, t, ids)
+            model(x, t, ids)
 
     return run
 
@@ -252,7 +264,7 @@ def gpu(args: Args, device: torch.device) -> list[dict[str, Any]]:
     flops, bytes_ = card_limits(device)
     rows = []
     for name in (args.model,) if args.model else ("DiT-B", "DiT-L"):
-        for batch in (64, 128, 256):
+        for batch in args.batches:
             models = {label: make(name, label) for label in ("dense", "kind", "diffusers", "LoRA")}
             kind = models["kind"]
             variants = {

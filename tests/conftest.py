@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from kindiff.config import DiTConfig, KindConfig
 from kindiff.models import DiT
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported: they run without a GPU
 
 NAMES = ("ant", "bee", "cat", "dog", "eel")
 

@@ -141,7 +141,7 @@ def test_it_can_be_overruled(kind_model: DiT, inputs) -> None:
         assert not joined.equal(usual)
         torch.testing.assert_close(joined, usual, rtol=1e-4, atol=1e-4)
         assert set_strategy_(kind_model, "auto")(*inputs).equal(usual)
-    with pytest.raises(UsageError, match="gathered or joined"):
+    with pytest.raises(UsageError, match="gathered, fused or joined"):
         set_strategy_(kind_model, "sorted")
 
 

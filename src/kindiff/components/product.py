@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kindiff.components.fused import FusedProducts
 from kindiff.components.strategy import strategy_of
 from kindiff.models.layers import Gating
 
@@ -36,9 +37,13 @@ def products(layers: Sequence[ComponentLinear], x_BTI: Tensor, gating: Gating | 
     own: list[Tensor] = []
     if layers[0].has_tailors:
         assert gating is not None, "a layer with tailors needs a gate"
-        if strategy_of(layers[0], gating, dtype).name == "gathered":
+        how = strategy_of(layers, gating, dtype).name
+        if how in ("gathered", "fused"):
             gathered = [_gather(layer, gating, dtype) for layer in layers]
             own, v_own = [u for u, _ in gathered], _stack([v for _, v in gathered], dim=1)
+            if how == "fused":
+                us = [u.to(dtype) for u in us]
+                return list(FusedProducts.apply(x_BTI, _stack(vs).to(dtype), v_own, *us, *biases, *own))
         else:
             mask_B1J = _columns(layers[0], gating).unsqueeze(1).to(dtype)
             bank = [(layer.tailor_u * layer.tailor_sigma.unsqueeze(2)).flatten(0, 1) for layer in layers]

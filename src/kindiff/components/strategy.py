@@ -2,6 +2,7 @@
 
 factored  learngenes as two thin products; or dense, folded into one weight. Decided when a model is recombined.
 gathered  a sample's own tailors as narrow batched products, added to the learngenes' output.
+fused     a sample's own tailors inside the learngenes' products, by kernels of our own: half precision on a GPU.
 joined    all tailors of the bank in the learngenes' products (beside them where those are frozen), each sample's
           columns masked: no narrow products and no copies for each sample, for S times the tailors' multiplications.
           For few slots, and in training only: without gradients a model and one recombined from it are to agree to
@@ -12,11 +13,13 @@ S slots, N components of a slot, K slots per sample.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
+from kindiff.components import fused
 from kindiff.config import MATRICES, DiTConfig
 from kindiff.errors import UsageError
 from kindiff.models.layers import Gating
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
     from kindiff.components.linear import ComponentLinear
     from kindiff.models.dit import DiT
 
-Choice = Literal["auto", "gathered", "joined"]
+Choice = Literal["auto", "gathered", "fused", "joined"]
 
 JOINED_COLUMNS = {("cpu", torch.float32): 40, ("cpu", torch.bfloat16): 112}
 """Components of a bank (S N, for each slot that a sample has) up to which `joined` is faster than `gathered`: a narrow
@@ -41,21 +44,24 @@ products are less efficient. Measured by the same command, in fp32 on a CPU."""
 class Strategy:
     """A choice and what decided it."""
 
-    name: Literal["gathered", "joined"]
+    name: Literal["gathered", "fused", "joined"]
     why: str
 
 
-def strategy_of(layer: ComponentLinear, gating: Gating, dtype: torch.dtype) -> Strategy:
-    """How a layer's tailors are computed; decided by shapes alone, so that no batch compiles anything again."""
+def strategy_of(layers: Sequence[ComponentLinear], gating: Gating, dtype: torch.dtype) -> Strategy:
+    """How the tailors of layers that share an input are computed; decided by shapes alone: no batch compiles again."""
+    layer, on = layers[0], gating.slots_BK.shape[1]
+    slots, components = layer.tailor_sigma.shape
     return choose(
         layer.strategy,
-        slots=len(layer.tailor_sigma),
-        components=layer.tailor_sigma.shape[1],
-        on=gating.slots_BK.shape[1],
+        slots=slots,
+        components=components,
+        on=on,
         device=layer.tailor_sigma.device.type,
         dtype=dtype,
         training=torch.is_grad_enabled() and layer.tailor_u.requires_grad,
         weights_train=gating.weights_BK.requires_grad,
+        fits=len({each.rank for each in layers}) == 1 and fused.fits(layer.rank, on * components, dtype),
     )
 
 
@@ -69,18 +75,27 @@ def choose(
     dtype: torch.dtype,
     training: bool,
     weights_train: bool = False,
+    fits: bool = False,
 ) -> Strategy:
-    """The rule itself. slots: S of the bank; components: N of a slot; on: K."""
+    """The rule itself. slots: S of the bank; components: N of a slot; on: K; fits: `fused.fits`."""
+    own: Literal["gathered", "fused"] = "fused" if fits and device == "cuda" else "gathered"
     if weights_train:
-        return Strategy("gathered", "the gate's weights train, and a mask has no gradient")
+        return Strategy(own, "the gate's weights train, and a mask has no gradient")
+    if wanted == "fused" and not fits:
+        raise UsageError(
+            "strategy 'fused' needs Triton, half precision, a learngene rank that 16 divides and at most "
+            f"{fused.FEW[-1]} tailor components a sample; use auto."
+        )
     if wanted != "auto":
         return Strategy(wanted, "asked for")
     if not training:
-        return Strategy("gathered", "no tailor trains: equal to the bit for any set of classes")
+        return Strategy(own, "no tailor trains: equal to the bit for any set of classes")
     limit = JOINED_COLUMNS.get((device, dtype), UNMEASURED_COLUMNS) * on
     size = f"{slots} slots x {components} components in a step's bank"
     if slots <= on:
         return Strategy("joined", f"{size}, all on for every sample")
+    if own == "fused":
+        return Strategy(own, "half precision on a GPU: the tailors ride in the learngenes' products")
     if slots * components <= limit:
         return Strategy("joined", f"{size}, at most {limit}")
     return Strategy("gathered", f"{size}, more than {limit}")
@@ -88,8 +103,8 @@ def choose(
 
 def set_strategy_(model: DiT, wanted: Choice) -> DiT:
     """Overrule the rule in every component matrix of a model, in place; "auto" gives it back."""
-    if wanted not in ("auto", "gathered", "joined"):
-        raise UsageError(f"strategy {wanted!r} is not known; use auto, gathered or joined.")
+    if wanted not in get_args(Choice):
+        raise UsageError(f"strategy {wanted!r} is not known; use auto, gathered, fused or joined.")
     for module in model.modules():
         if hasattr(module, "strategy"):
             module.strategy = wanted  # type: ignore[assignment]

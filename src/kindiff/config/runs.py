@@ -83,7 +83,7 @@ class TrainConfig:
     recompute: bool = False
     """Compute the blocks' activations again in the backward pass instead of keeping them, for less memory."""
     compile: bool = False
-    """Compile the model (torch.compile): one graph, whatever the classes of a batch; needs a C++ compiler."""
+    """Compile the blocks (torch.compile): one graph for all, whatever the classes of a batch; needs a C++ compiler."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun. ddp: every rank holds the whole model. fsdp: a piece of every tensor (FSDP2)."""
     lr: float = 1e-3

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from kindiff.components import fused
 from kindiff.components.build import Structure
 from kindiff.components.gates import TableGate
 from kindiff.components.strategy import choose
@@ -64,6 +65,7 @@ def activations(
         strategy = choose(
             "auto", slots=slots, components=structure.tailor_rank, on=on, device=device.type,
             dtype=DTYPES[precision], training=rank > 0, weights_train=structure.gate == "soft",
+            fits=fused.fits(structure.rank, on * structure.tailor_rank, DTYPES[precision]),
         ).name  # fmt: skip
         tailors = structure.tailor_rank * (slots if strategy == "joined" else on)
         columns = rank * len(MATRICES) + tailors * len(structure.targets)

@@ -47,7 +47,8 @@ class State:
         }
         shell = copy.deepcopy(model, numberless)
         if config.compile:
-            model.compile(dynamic=False)
+            for block in model.blocks:  # one compilation serves them all
+                block.compile(dynamic=False)
         return State(
             shell=shell,
             module=spread(model, config.parallel, device, ranks),  # in place, where it is: before all below

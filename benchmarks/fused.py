@@ -1,0 +1,236 @@
+"""The GPU kernels of component matrices: against the library's products, and by block shape (needs a GPU).
+
+    python benchmarks/fused.py layers    a block's matrices, bf16, training and sampling: dense, gathered, fused
+    python benchmarks/fused.py tiles     each kernel by the shape of its blocks
+
+DiT-B and DiT-L, N_G = width / 4, N_T = 4, images of 256 tokens, a class each. Variants take turns; figures are medians.
+The results of `layers` are first compared with fp64 products. Results go to benchmarks/results/fused-<part>-gpu.json.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from speed import ratios, save
+from torch import Tensor
+
+from kindiff import runtime
+from kindiff.components import ComponentLinear, fused
+from kindiff.models import Gating
+from kindiff.models.layers import Linear
+
+TOKENS, TAILOR = 256, 4
+INWARD = ((64, 64, 64, 4, 4), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4), (128, 128, 64, 4, 4), (128, 128, 64, 8, 4),
+          (64, 256, 64, 4, 3), (128, 256, 64, 8, 3))  # fmt: skip
+OUTWARD = ((64, 128, 64, 4, 3), (64, 256, 64, 4, 3), (128, 128, 32, 4, 4), (128, 128, 64, 4, 3), (128, 128, 64, 8, 3),
+           (128, 256, 64, 8, 3))  # fmt: skip
+"""Rows, columns and inner numbers of a block, warps, stages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    part: tyro.conf.Positional[Literal["layers", "tiles"]]
+    """What to measure."""
+    rounds: int = 20
+    """Rounds; each runs every variant once."""
+    batch: int = 64
+    """Images a batch."""
+    widths: tuple[int, ...] = (768, 1024)
+    """Widths of the model."""
+    out: Path | None = None
+    """Where the JSON goes."""
+
+
+def milliseconds(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """By the device's own clock, round by round; three rounds of warm-up, the cache overwritten before each."""
+    found: dict[str, list[float]] = {name: [] for name in variants}
+    other = torch.empty(2**28, dtype=torch.int8, device="cuda")
+    for i in range(rounds + 3):
+        for name, run in variants.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            other.zero_()
+            start.record()
+            run()
+            stop.record()
+            torch.cuda.synchronize()
+            if i >= 3:
+                found[name].append(start.elapsed_time(stop))
+    return found
+
+
+def groups(width: int, how: str, images: int) -> list[list[torch.nn.Module]]:
+    """q, k and v together, o, the MLP's two."""
+    made = []
+    for shapes in ([(width, width)] * 3, [(width, width)], [(width, 4 * width)], [(4 * width, width)]):
+        layers: list[torch.nn.Module] = []
+        for i, o in shapes:
+            if how == "dense":
+                layers.append(Linear(i, o))
+            else:
+                layers.append(ComponentLinear(i, o, rank=width // 4, slots=images, tailor_rank=TAILOR))
+                layers[-1].strategy = how  # type: ignore[assignment]
+            for parameter in layers[-1].parameters():
+                torch.nn.init.normal_(parameter, std=0.05)
+        made.append([layer.cuda() for layer in layers])
+    return made
+
+
+def run_of(layers: list[torch.nn.Module], x: Tensor, gating: Gating, *, backward: bool) -> Callable[[], Any]:
+    parameters = [p for layer in layers for p in layer.parameters()]
+    dys = None
+
+    def run() -> list[Tensor]:
+        nonlocal dys
+        with torch.set_grad_enabled(backward), torch.autocast("cuda", torch.bfloat16):
+            ys = type(layers[0]).together(layers, x, gating)
+        if backward:
+            dys = dys or [torch.randn_like(y) for y in ys]
+            return [*ys, *torch.autograd.grad(ys, [x, *parameters], dys)]
+        return ys
+
+    return run
+
+
+def layers(args: Args) -> list[dict[str, Any]]:
+    rows = []
+    for width in args.widths:
+        slots = torch.arange(args.batch, device="cuda").unsqueeze(1)
+        gating = Gating(slots, torch.ones_like(slots, dtype=torch.float32))
+        made = {how: groups(width, how, args.batch) for how in ("dense", "gathered", "fused")}
+        for name, i in (("q, k, v", 0), ("o", 1), ("MLP in", 2), ("MLP out", 3)):
+            x = torch.randn(args.batch, TOKENS, 4 * width if i == 3 else width, device="cuda").bfloat16()
+            for mine, its in zip(made["gathered"][i], made["fused"][i], strict=True):
+                its.load_state_dict(mine.state_dict())
+            errors = difference(made["gathered"][i], made["fused"][i], x, gating)
+            for backward in (True, False):
+                x.requires_grad_(backward)
+                variants = {how: run_of(m[i], x, gating, backward=backward) for how, m in made.items()}
+                for how in variants:
+                    variants[how] = captured(variants[how])
+                times = milliseconds(variants, args.rounds)
+                row = {
+                    "width": width, "what": name, "mode": "train" if backward else "sample",
+                    "ratio": ratios(times, "dense"), "error": errors,
+                    "milliseconds": {k: statistics.median(v) for k, v in times.items()},
+                }  # fmt: skip
+                rows.append(row)
+                print(row, flush=True)
+    return rows
+
+
+def captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The same as one recorded graph, so that the host's time is not in it."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def difference(plain: list[Any], ours: list[Any], x: Tensor, gating: Gating) -> dict[str, float]:
+    """Largest relative error over outputs and gradients against fp64, of the library's products and of the kernels."""
+    x = x.detach()
+    torch.manual_seed(0)
+    dys = [torch.randn(*x.shape[:2], layer.u.shape[1], device="cuda") for layer in plain]
+
+    def outcome(layers: list[Any], dtype: torch.dtype) -> list[Tensor]:
+        its = x.to(dtype, copy=True).requires_grad_()
+        ys = ComponentLinear.together(
+            layers, its, Gating(gating.slots_BK, gating.weights_BK.to(layers[0].u.dtype))
+        )
+        leaves = [its, *(p for layer in layers for p in layer.parameters())]
+        return [
+            *ys,
+            *torch.autograd.grad(ys, leaves, [dy.to(y.dtype) for dy, y in zip(dys, ys, strict=True)]),
+        ]
+
+    want = outcome([layer.double() for layer in plain], torch.float64)
+    found = {
+        "library": outcome([layer.float() for layer in plain], torch.bfloat16),
+        "kernels": outcome(ours, torch.bfloat16),
+    }
+    return {
+        how: max(float((a.double() - b).norm() / b.norm()) for a, b in zip(them, want, strict=True))
+        for how, them in found.items()
+    }
+
+
+def tiles(args: Args) -> list[dict[str, Any]]:
+    """The shapes of a block's products: q, k and v together, o and MLP in (V side), the MLP's wide sides."""
+    rows = []
+    for width in args.widths:
+        for features, count in ((width, 3), (width, 1), (4 * width, 1)):
+            for row in (
+                inward(width // 4, features, count, args),
+                outward(width // 4, features, count, args),
+            ):
+                rows.append({"width": width, "features": features, "layers": count} | row)
+                print({k: v if isinstance(v, str | int) else {n: round(t * 1e3) for n, t in v.items()}
+                       for k, v in rows[-1].items()}, "us", flush=True)  # fmt: skip
+    return rows
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def inward(rank: int, features: int, count: int, args: Args) -> dict[str, Any]:
+    x, v = random(args.batch, TOKENS, features), random(count * rank, features)
+    v_own, flat = random(args.batch, count * TAILOR, features), x.flatten(0, 1)
+    variants: dict[str, Callable[[], Any]] = {"library, learngenes alone": lambda: flat @ v.T}
+    for t, r, i, warps, stages in INWARD:
+        tile = {"BLOCK_T": t, "BLOCK_R": r, "BLOCK_I": i, "num_warps": warps, "num_stages": stages}
+        variants[str((t, r, i, warps, stages))] = with_tile(
+            "inward_tile", tile, lambda: fused.inward([x], [v], [v_own], count)
+        )
+    return {"kernel": "inward", "milliseconds": medians(variants, args.rounds)}
+
+
+def outward(rank: int, features: int, count: int, args: Args) -> dict[str, Any]:
+    few = fused.columns_of(TAILOR)
+    h, u = random(args.batch * TOKENS, count * (rank + few)), random(count * rank, features)
+    own, bias = random(args.batch, count * TAILOR, features), random(features)
+    flat = h[:, : count * rank]
+    variants: dict[str, Callable[[], Any]] = {"library, learngenes alone": lambda: torch.addmm(bias, flat, u)}
+    for t, o, r, warps, stages in OUTWARD:
+        tile = {"BLOCK_T": t, "BLOCK_O": o, "BLOCK_R": r, "num_warps": warps, "num_stages": stages}
+        variants[str((t, o, r, warps, stages))] = with_tile(
+            "outward_tile", tile, lambda: fused.outward(h, u, own, bias, count * rank, count, 0, count)
+        )
+    return {"kernel": "outward", "milliseconds": medians(variants, args.rounds)}
+
+
+def medians(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    return {name: statistics.median(times) for name, times in milliseconds(variants, rounds).items()}
+
+
+def with_tile(rule: str, tile: dict[str, int], run: Callable[[], Any]) -> Callable[[], Any]:
+    def other() -> Any:
+        usual = getattr(fused, rule)
+        setattr(fused, rule, lambda _: tile)
+        try:
+            return run()
+        finally:
+            setattr(fused, rule, usual)
+
+    return other
+
+
+def main(args: Args) -> None:
+    device = runtime.device_of("cuda")
+    rows = {"layers": layers, "tiles": tiles}[args.part](args)
+    save(f"fused-{args.part}", device, args.out, rows=rows, batch=args.batch, rounds=args.rounds)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
