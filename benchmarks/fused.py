@@ -134,7 +134,12 @@ def captured(run: Callable[[], Any]) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return graph.replay
+
+    def replay() -> None:
+        graph.replay()
+
+    replay.keeps = run  # type: ignore[attr-defined]  # the tensors that the graph reads
+    return replay
 
 
 def difference(plain: list[Any], ours: list[Any], x: Tensor, gating: Gating) -> dict[str, float]:
