@@ -180,6 +180,7 @@ class Blocked:
             raise ModuleNotFoundError(f"blocked: {{name}}", name=name)
 
 sys.meta_path.insert(0, Blocked())
+sys.modules["triton"] = None  # looked for, not only imported
 for name in {[module_name(p) for p in MODULES]!r}:
     importlib.import_module(name)
 import kindiff

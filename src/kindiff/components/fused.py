@@ -26,6 +26,11 @@ TRITON = importlib.util.find_spec("triton") is not None
 """Torch brings it along wherever it can run on a GPU."""
 
 
+# Compiled programs launch a triton_op's kernels themselves; Triton's interpreter needs a call that is not looked into.
+_GPU = torch.cuda.is_available()
+_op = torch.library.triton_op if _GPU else torch.library.custom_op
+
+
 def fits(rank: int | None, components: int, dtype: torch.dtype) -> bool:
     """Whether the kernels can compute a layer of this learngene rank and this many tailor components a sample."""
     return (
@@ -104,11 +109,10 @@ def _own_gradient(h: Tensor, x_BTI: Tensor, components: int, count: int) -> Tens
     return found.unflatten(1, (count, few))[:, :, : components // count].flatten(1, 2)
 
 
-@torch.library.custom_op("kindiff::inward", mutates_args=())
+@_op("kindiff::inward", mutates_args=())
 def inward(xs: Sequence[Tensor], vs: Sequence[Tensor], owns: Sequence[Tensor], count: int) -> Tensor:
     """h (B T, L R + L F) of inputs (B, T, I), each with factors (count R, I) and own ones (B, count M, I)."""
-    from kindiff.components import kernels
-
+    launch = _kernel("inward")
     batch, tokens, width = xs[0].shape
     layers, rank, mine = len(xs) * count, len(vs[0]) // count, owns[0].shape[1] // count
     few = columns_of(mine)
@@ -116,7 +120,7 @@ def inward(xs: Sequence[Tensor], vs: Sequence[Tensor], owns: Sequence[Tensor], c
     shape = inward_tile(rank)
     grid = (batch * _parts(tokens, shape["BLOCK_T"]) * count * _parts(rank, shape["BLOCK_R"]),)
     for i, (x, v, own) in enumerate(zip(xs, vs, owns, strict=True)):
-        kernels.inward[grid](
+        launch[grid](
             x, v, own.contiguous(), h, tokens, width, rank, mine, count, h.shape[1], i * count * rank,
             layers * rank + i * count * few, FEW=few, **shape,
         )  # fmt: skip
@@ -130,20 +134,19 @@ def _(xs: Sequence[Tensor], vs: Sequence[Tensor], owns: Sequence[Tensor], count:
     return xs[0].new_empty(batch * tokens, len(xs) * (len(vs[0]) + count * few))
 
 
-@torch.library.custom_op("kindiff::outward", mutates_args=())
+@_op("kindiff::outward", mutates_args=())
 def outward(
     h: Tensor, u: Tensor, own: Tensor, bias: Tensor | None, own_at: int, layers: int, first: int, count: int
 ) -> Tensor:
     """y (B, T, O) from `count` of the layers of h, the first at `first`: factors (count R, O), own (B, count M, O)."""
-    from kindiff.components import kernels
-
+    launch = _kernel("outward")
     batch, mine = len(own), own.shape[1] // count
     rows, features = len(h), u.shape[1]
     tokens, few = rows // batch, (h.shape[1] - own_at) // layers
     y = h.new_empty(batch, tokens, features)
     shape = outward_tile(features)
     grid = (batch * _parts(tokens, shape["BLOCK_T"]) * _parts(features, shape["BLOCK_O"]),)
-    kernels.outward[grid](
+    launch[grid](
         h, u, own.contiguous(), y if bias is None else bias, y, tokens, features, len(u), mine, count, h.shape[1],
         first * (own_at // layers), own_at + first * few, FEW=few, BIAS=bias is not None, **shape,
     )  # fmt: skip
@@ -157,21 +160,22 @@ def _(
     return h.new_empty(len(own), len(h) // len(own), u.shape[1])
 
 
+def _kernel(name: str) -> Any:
+    from kindiff.components import kernels
+
+    kernel = getattr(kernels, name)
+    return torch.library.wrap_triton(kernel) if _GPU else kernel
+
+
 def _parts(whole: int, part: int) -> int:
     return -(-whole // part)
 
 
 def inward_tile(rank: int) -> dict[str, int]:
-    """Block shape of h = x V^T: rows, components, features a step; measured by benchmarks/fused.py."""
-    return {
-        "BLOCK_T": 128,
-        "BLOCK_R": 128 if rank % 128 == 0 else 64,
-        "BLOCK_I": 64,
-        "num_warps": 4,
-        "num_stages": 4,
-    }
+    """Block shape of h = x V^T: rows, components, features a step; measured by benchmarks/fused.py tiles."""
+    return {"BLOCK_T": 128, "BLOCK_R": 256, "BLOCK_I": 64, "num_warps": 8, "num_stages": 3}
 
 
 def outward_tile(features: int) -> dict[str, int]:
-    """Block shape of y = h U: rows, features, components a step; measured by benchmarks/fused.py."""
+    """Block shape of y = h U: rows, features, components a step; measured by benchmarks/fused.py tiles."""
     return {"BLOCK_T": 128, "BLOCK_O": 128, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3}

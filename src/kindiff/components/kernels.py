@@ -6,11 +6,18 @@ Read on first use: without a GPU Triton's interpreter can run them (TRITON_INTER
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ModuleNotFoundError:  # then nobody calls them: `fused.fits`
+
+    def jit(kernel):
+        return kernel
 
 
-@triton.jit
+@jit
 def inward(
     x, v, own, h, tokens, width, rank, mine, count, h_stride, at, own_at,
     FEW: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
@@ -52,7 +59,7 @@ def inward(
         )  # fmt: skip
 
 
-@triton.jit
+@jit
 def outward(
     h, u, own, bias, y, tokens, features, rank, mine, count, h_stride, at, own_at,
     FEW: tl.constexpr, BIAS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,

@@ -41,27 +41,35 @@ class RowAdam:
         self.steps_S = torch.zeros(len(like), device=like.device, dtype=like.dtype)
 
     @torch.no_grad()
-    def step(self, rows: Tensor, lr: float, gradients: list[Tensor] | None = None) -> None:
-        """One step of the named rows (each once) along the banks' gradients, or along their own where given."""
+    def step(self, rows: Tensor, lr: float, apart: list[nn.Parameter] | None = None) -> None:
+        """One step of the named rows (each once) along the banks' gradients, or of rows that stand apart along theirs.
+
+        apart: the banks' rows as tensors of their own, the named ones first; they move with the banks.
+        """
         if not len(rows) or not self.banks:
             return
         rows = rows.to(self.steps_S.device)
         if len(self.steps_S) < self.rows:  # this rank's
             rows = rows[(rows >= self.first) & (rows < self.first + len(self.steps_S))] - self.first
-        if gradients is None:
-            gradients = [_gradient(bank)[rows] for bank in self.banks]
-        gradient = torch.cat([g.flatten(1) for g in gradients], dim=1)
+        count = len(rows)
+        found = (
+            [_gradient(bank)[rows] for bank in self.banks]
+            if apart is None
+            else [_gradient(own)[:count] for own in apart]
+        )
+        gradient = torch.cat([g.flatten(1) for g in found], dim=1)
         self.steps_S[rows] += 1
         steps = self.steps_S[rows].unsqueeze(1)
         mean = self.mean_SP[rows].lerp(gradient, 1 - BETAS[0])
         square = self.square_SP[rows].lerp(gradient.square(), 1 - BETAS[1])
         self.mean_SP[rows], self.square_SP[rows] = mean, square
         change = mean / (1 - BETAS[0] ** steps) / ((square / (1 - BETAS[1] ** steps)).sqrt() + EPS) * lr
-        for bank, piece in zip(
-            self.banks, change.split([b.shape[1:].numel() for b in self.banks], dim=1), strict=True
-        ):
-            held = local(bank)
-            held[rows] = held[rows] - piece.view(-1, *bank.shape[1:])
+        held = [local(bank) for bank in self.banks]
+        values = [bank[rows] for bank in held] if apart is None else [own[:count] for own in apart]
+        pieces = change.split([bank.shape[1:].numel() for bank in held], dim=1)
+        torch._foreach_sub_(values, [p.view_as(v) for p, v in zip(pieces, values, strict=True)])
+        for bank, value in zip(held, values, strict=True):
+            bank.index_copy_(0, rows, value)
 
     def tensors(self) -> dict[str, Tensor]:
         state = {"mean": self.mean_SP, "square": self.square_SP, "steps": self.steps_S}
@@ -129,8 +137,7 @@ class Optimiser:
                 group["lr"] = self.config.lr * factor
             self.adamw.step()
         tailor_lr = self.config.tailor_lr or self.config.lr
-        own = [_gradient(row)[: len(slots)] for row in self.rows] or None
-        self.tailors.step(slots, tailor_lr * factor, own)
+        self.tailors.step(slots, tailor_lr * factor, self.rows or None)
         self.classes.step(ids, tailor_lr * factor)
 
     def zero_grad(self) -> None:
