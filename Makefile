@@ -26,6 +26,7 @@ bench-gpu: install  ## the same on a GPU, and training throughput of DiT-B/2 and
 	for part in blocks products classes sweep; do $(BIN)/python benchmarks/speed.py $$part --device cuda || exit 1; done
 	for part in steps sampling gpu; do $(BIN)/python benchmarks/models.py $$part --device cuda || exit 1; done
 	$(BIN)/python benchmarks/strategies.py --device cuda
+	for part in layers tiles; do $(BIN)/python benchmarks/fused.py $$part || exit 1; done
 
 faults: install  ## the fault campaign in its long form: an hour or more; run again to go on (docs/reliability.md)
 	$(ONE) $(BIN)/python benchmarks/faults.py

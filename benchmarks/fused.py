@@ -48,7 +48,8 @@ class Args:
 
 
 def milliseconds(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """By the device's own clock, round by round; three rounds of warm-up, the cache overwritten before each."""
+    """Each as one recorded graph, by the device's own clock, round by round; the cache is overwritten before each."""
+    variants = {name: captured(run) for name, run in variants.items()}
     found: dict[str, list[float]] = {name: [] for name in variants}
     other = torch.empty(2**28, dtype=torch.int8, device="cuda")
     for i in range(rounds + 3):
@@ -111,8 +112,6 @@ def layers(args: Args) -> list[dict[str, Any]]:
             for backward in (True, False):
                 x.requires_grad_(backward)
                 variants = {how: run_of(m[i], x, gating, backward=backward) for how, m in made.items()}
-                for how in variants:
-                    variants[how] = captured(variants[how])
                 times = milliseconds(variants, args.rounds)
                 row = {
                     "width": width, "what": name, "mode": "train" if backward else "sample",
@@ -196,7 +195,7 @@ def inward(rank: int, features: int, count: int, args: Args) -> dict[str, Any]:
     for t, r, i, warps, stages in INWARD:
         tile = {"BLOCK_T": t, "BLOCK_R": r, "BLOCK_I": i, "num_warps": warps, "num_stages": stages}
         variants[str((t, r, i, warps, stages))] = with_tile(
-            "inward_tile", tile, lambda: fused.inward([x], [v], [v_own], count)
+            "INWARD_TILE", tile, lambda: fused.inward([x], [v], [v_own], count)
         )
     return {"kernel": "inward", "milliseconds": medians(variants, args.rounds)}
 
@@ -210,7 +209,7 @@ def outward(rank: int, features: int, count: int, args: Args) -> dict[str, Any]:
     for t, o, r, warps, stages in OUTWARD:
         tile = {"BLOCK_T": t, "BLOCK_O": o, "BLOCK_R": r, "num_warps": warps, "num_stages": stages}
         variants[str((t, o, r, warps, stages))] = with_tile(
-            "outward_tile", tile, lambda: fused.outward(h, u, own, bias, count * rank, count, 0, count)
+            "OUTWARD_TILE", tile, lambda: fused.outward(h, u, own, bias, count * rank, count, 0, count)
         )
     return {"kernel": "outward", "milliseconds": medians(variants, args.rounds)}
 
@@ -222,7 +221,7 @@ def medians(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, fl
 def with_tile(rule: str, tile: dict[str, int], run: Callable[[], Any]) -> Callable[[], Any]:
     def other() -> Any:
         usual = getattr(fused, rule)
-        setattr(fused, rule, lambda _: tile)
+        setattr(fused, rule, tile)
         try:
             return run()
         finally:

@@ -290,6 +290,9 @@ def gpu(args: Args, device: torch.device) -> list[dict[str, Any]]:
                 flush=True,
             )
             rows.append(found | {"compiled": True, "measured flop/s": flops, "measured bytes/s": bytes_})
+            save(
+                "models-gpu", device, args.out, rows=rows, rounds=args.rounds
+            )  # as it comes: it takes a while
             del models, variants
             torch.cuda.empty_cache()
     return rows

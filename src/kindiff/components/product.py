@@ -66,9 +66,12 @@ def add_tailors(layer: ComponentLinear, y_BTO: Tensor, x_BTI: Tensor, gating: Ga
 def _gather(layer: ComponentLinear, gating: Gating, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Each sample's own tailors: u (B, M, O), scaled by sigma and the gate, and v (B, M, I)."""
     slots_BK, weights_BK = gating
-    scale_BKN = layer.tailor_sigma[slots_BK] * weights_BK.unsqueeze(2)
-    u_BMO = (layer.tailor_u[slots_BK] * scale_BKN.unsqueeze(3)).flatten(1, 2)
-    return u_BMO.to(dtype), layer.tailor_v[slots_BK].flatten(1, 2).to(dtype)
+    u_BKNO, sigma_BKN, v_BKNI = (  # unlike indexing, index_select has a backward pass of one operation
+        bank.index_select(0, slots_BK.flatten()).unflatten(0, slots_BK.shape)
+        for bank in (layer.tailor_u, layer.tailor_sigma, layer.tailor_v)
+    )
+    u_BMO = (u_BKNO * (sigma_BKN * weights_BK.unsqueeze(2)).unsqueeze(3)).flatten(1, 2)
+    return u_BMO.to(dtype), v_BKNI.flatten(1, 2).to(dtype)
 
 
 def _columns(layer: ComponentLinear, gating: Gating) -> Tensor:

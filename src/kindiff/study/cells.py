@@ -73,8 +73,11 @@ class Bench:
                     self.prepare(base)
                 elif not self.prepared(base):
                     return False
-            record = self.record_of(work.cell) or self.train(work.cell)
-            if work.test and record.test is None and not record.failed:
+            record = self.record_of(work.cell)
+            score = work.test and not (record and (record.test or record.failed))
+            if record is None or (score and not (self.work / record.model).is_dir()):
+                record = self.train(work.cell)  # the model may be another machine's
+            if score and not record.failed:
                 record = record.with_test(self.score(record, "test"))
             write_record(self.study.results, record)
         return True

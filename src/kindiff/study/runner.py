@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +49,8 @@ def run_workers(
     """Several processes that each run `command` (one that ends in run_alone of `only`), threads and GPUs shared out
     among them; returns the number that failed, each of which is told of at once.
 
-    Each writes what it says to WORK/STUDY/worker-I.log. Killed, the same call goes on where it was.
+    Each writes what it says to WORK/STUDY/worker-I.log. Asked to end (SIGTERM), it ends them too; the same call goes on
+    where they were.
     """
     import torch
 
@@ -64,6 +67,7 @@ def run_workers(
         with path.open("a") as log:
             processes[path] = subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log)
     failed: set[Path] = set()
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         already = done(study, read_records(study.results), only)
         with Track(study.name, study.units(only), unit="cells", done=already) as track:
@@ -78,4 +82,6 @@ def run_workers(
     finally:
         for process in processes.values():
             process.terminate()  # it saves its checkpoint; nothing where it has ended
-    return sum(process.wait() != 0 for process in processes.values())
+        codes = [process.wait() for process in processes.values()]
+        signal.signal(signal.SIGTERM, before)
+    return sum(code != 0 for code in codes)
