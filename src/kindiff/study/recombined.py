@@ -31,7 +31,7 @@ def smaller(recipe: PretrainConfig, base: Path, config: RecombineConfig, folder:
         )
     elif config.learngene_rank:
         model = cut(base, config.learngene_rank)
-        kind = KindConfig(learngene_rank=config.learngene_rank, tailor_rank=0, init="svd")
+        kind = cut_config(config.learngene_rank)
     else:
         model = DiT.from_pretrained(base / "model")
     if not config.train:
@@ -51,8 +51,12 @@ def smaller(recipe: PretrainConfig, base: Path, config: RecombineConfig, folder:
 
 def cut(base: Path, rank: int) -> DiT:
     """A dense base's model with the largest `rank` components of each matrix (SVD) and no tailors."""
-    kind = KindConfig(learngene_rank=rank, tailor_rank=0, init="svd")
-    return factorize(DiT.from_pretrained(base / "model"), kind)
+    return factorize(DiT.from_pretrained(base / "model"), cut_config(rank))
+
+
+def cut_config(rank: int) -> KindConfig:
+    """The components of such a cut."""
+    return KindConfig(learngene_rank=rank, tailor_rank=0, init="svd")
 
 
 def without_tailors(parts: Components) -> Components:
