@@ -124,8 +124,8 @@ def matrix_macs(config: DiTConfig, rank: int) -> tuple[int, int]:
 
 
 def explain(model: DiT, images: int) -> list[str]:
-    """What the rule decides for a model and a batch of images, and why: a line a decision."""
-    structure = model.structure
+    """What the rule decides on this machine for a model and a batch of images, and why: a line a decision."""
+    structure, device = model.structure, "cuda" if torch.cuda.is_available() else "cpu"
     if structure is None:
         return ["dense matrices: nothing to choose"]
     rank, on = structure["rank"], structure["gate_width"]
@@ -145,9 +145,10 @@ def explain(model: DiT, images: int) -> list[str]:
     for purpose, count in slots.items():
         for dtype in (torch.float32, torch.bfloat16):
             found = choose(
-                "auto", slots=count, components=structure["tailor_rank"], on=on, device="cpu", dtype=dtype,
+                "auto", slots=count, components=structure["tailor_rank"], on=on, device=device, dtype=dtype,
                 training=purpose == "training" and rank is not None, weights_train=structure["gate"] == "soft",
+                fits=fused.fits(rank, on * structure["tailor_rank"], dtype),
             )  # fmt: skip
             name = str(dtype).removeprefix("torch.")
-            lines.append(f"tailors, {purpose}, {name}, {images} images: {found.name}: {found.why}")
+            lines.append(f"tailors, {purpose}, {name}, {images} images, {device}: {found.name}: {found.why}")
     return lines

@@ -255,6 +255,6 @@ class TransferConfig:
     targets: tuple[str, ...] = MATRICES
     """The matrices that get fresh tailors."""
     train_also: tuple[Literal["bias", "final"], ...] = ()
-    """Learngene parts that train too: the biases of the factored matrices, the final layer. Guidance's null pass, which is
-    the learngenes alone and is not trained here, fits less well then."""
+    """Learngene parts that train too: the biases of the factored matrices, the final layer. Guidance's null pass, which
+    is the learngenes alone and is not trained here, fits less well then."""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=500, lr=4e-3, save_every=250))
