@@ -84,3 +84,18 @@ def test_a_dense_base_that_is_cut_can_be_transferred(base, tmp_path) -> None:
     assert {name.rpartition(".")[2] for name, p in taught.named_parameters() if p.requires_grad} >= {
         "tailor_u"
     }
+
+
+def test_some_of_the_classes(base, tmp_path) -> None:
+    """A dense model keeps their embeddings, a recombined one their tailors too; both draw them as the whole does."""
+    recipe, folder, whole = base
+    names = whole.classes.names[1:]
+    some = replace(recipe, data=replace(recipe.data, classes=names))
+    smaller(some, folder, RecombineConfig(), tmp_path / "some")
+    model = DiT.from_pretrained(tmp_path / "some" / "model")
+    assert model.classes.names == names
+    assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in whole.parameters())
+    x, t = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([10.0, 500.0])
+    with torch.no_grad():
+        ours, its = model.eval()(x, t, torch.tensor([0, 1])), whole.eval()(x, t, torch.tensor([1, 2]))
+    torch.testing.assert_close(ours, its)

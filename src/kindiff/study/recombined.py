@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from kindiff.classes import ClassSet
 from kindiff.components import Components, factorize, load_components
 from kindiff.config import KindConfig, PretrainConfig
 from kindiff.data import open_samples
 from kindiff.models import DiT
 from kindiff.study.config import RecombineConfig
 from kindiff.train import pretrain
+from kindiff.train.starting import with_classes
 
 
 def smaller(recipe: PretrainConfig, base: Path, config: RecombineConfig, folder: Path) -> PretrainConfig:
@@ -29,11 +31,13 @@ def smaller(recipe: PretrainConfig, base: Path, config: RecombineConfig, folder:
         kind = dataclasses.replace(
             kind, learngene_rank=config.learngene_rank or kind.learngene_rank, targets=parts.targets
         )
-    elif config.learngene_rank:
-        model = cut(base, config.learngene_rank)
-        kind = cut_config(config.learngene_rank)
     else:
-        model = DiT.from_pretrained(base / "model")
+        whole = DiT.from_pretrained(base / "model")
+        shape = dataclasses.replace(whole.config, num_classes=len(classes))
+        model = with_classes(whole, shape, ClassSet(classes), base / "model")
+        if config.learngene_rank:
+            kind = cut_config(config.learngene_rank)
+            model = factorize(model, kind)
     if not config.train:
         model.save_pretrained(folder / "model")
         return recipe

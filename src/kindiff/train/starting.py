@@ -79,10 +79,10 @@ def _initial(folder: Path, shape: DiTConfig, classes: ClassSet) -> DiT:
                 f"init {folder} has {field.name} {old!r}, this run {new!r}; set the recipe's model, objective and "
                 "data to what the checkpoint was made for."
             )
-    return _with_classes(model, shape, classes, folder)
+    return with_classes(model, shape, classes, folder)
 
 
-def _with_classes(model: DiT, shape: DiTConfig, classes: ClassSet, folder: Path) -> DiT:
+def with_classes(model: DiT, shape: DiTConfig, classes: ClassSet, folder: Path) -> DiT:
     """The model for these classes: the same ones, some of its own, or as many under names of their own."""
     names = model.classes.names
     if names == numbered(len(names)).names and names != classes.names:
