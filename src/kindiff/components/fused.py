@@ -24,8 +24,6 @@ ROWS = 16
 """Learngene ranks are multiples of this."""
 TRITON = importlib.util.find_spec("triton") is not None
 """Torch brings it along wherever it can run on a GPU."""
-
-
 INWARD_TILE = {"BLOCK_T": 128, "BLOCK_R": 256, "BLOCK_I": 64, "num_warps": 8, "num_stages": 3}
 OUTWARD_TILE = {"BLOCK_T": 128, "BLOCK_O": 128, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3}
 """Rows, columns and inner numbers of a block; chosen on an H100 (`python benchmarks/fused.py tiles`)."""
@@ -119,12 +117,11 @@ def inward(xs: Sequence[Tensor], vs: Sequence[Tensor], owns: Sequence[Tensor], c
     layers, rank, mine = len(xs) * count, len(vs[0]) // count, owns[0].shape[1] // count
     few = columns_of(mine)
     h = xs[0].new_empty(batch * tokens, layers * (rank + few))
-    shape = INWARD_TILE
-    grid = (batch * _parts(tokens, shape["BLOCK_T"]) * count * _parts(rank, shape["BLOCK_R"]),)
+    grid = (batch * _parts(tokens, INWARD_TILE["BLOCK_T"]) * count * _parts(rank, INWARD_TILE["BLOCK_R"]),)
     for i, (x, v, own) in enumerate(zip(xs, vs, owns, strict=True)):
         launch[grid](
             x, v, own.contiguous(), h, tokens, width, rank, mine, count, h.shape[1], i * count * rank,
-            layers * rank + i * count * few, FEW=few, **shape,
+            layers * rank + i * count * few, FEW=few, **INWARD_TILE,
         )  # fmt: skip
     return h
 
@@ -146,11 +143,10 @@ def outward(
     rows, features = len(h), u.shape[1]
     tokens, few = rows // batch, (h.shape[1] - own_at) // layers
     y = h.new_empty(batch, tokens, features)
-    shape = OUTWARD_TILE
-    grid = (batch * _parts(tokens, shape["BLOCK_T"]) * _parts(features, shape["BLOCK_O"]),)
+    grid = (batch * _parts(tokens, OUTWARD_TILE["BLOCK_T"]) * _parts(features, OUTWARD_TILE["BLOCK_O"]),)
     launch[grid](
         h, u, own.contiguous(), y if bias is None else bias, y, tokens, features, len(u), mine, count, h.shape[1],
-        first * (own_at // layers), own_at + first * few, FEW=few, BIAS=bias is not None, **shape,
+        first * (own_at // layers), own_at + first * few, FEW=few, BIAS=bias is not None, **OUTWARD_TILE,
     )  # fmt: skip
     return y
 

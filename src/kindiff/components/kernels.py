@@ -1,6 +1,6 @@
-"""The two kernels (Triton) that `kindiff.components.fused` calls, and says what they compute.
+"""The two kernels (Triton) of `kindiff.components.fused`, which says what they compute.
 
-Read on first use: without a GPU Triton's interpreter can run them (TRITON_INTERPRET=1, as the tests do).
+Read on first use. Without a GPU Triton's interpreter can run them (TRITON_INTERPRET=1, as the tests do).
 """
 # mypy: disable-error-code="no-untyped-def"
 

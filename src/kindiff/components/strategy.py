@@ -79,13 +79,13 @@ def choose(
 ) -> Strategy:
     """The rule itself. slots: S of the bank; components: N of a slot; on: K; fits: `fused.fits`."""
     own: Literal["gathered", "fused"] = "fused" if fits and device == "cuda" else "gathered"
-    if weights_train:
-        return Strategy(own, "the gate's weights train, and a mask has no gradient")
     if wanted == "fused" and not fits:
         raise UsageError(
             "strategy 'fused' needs Triton, half precision, a learngene rank that 16 divides and at most "
             f"{fused.FEW[-1]} tailor components a sample; use auto."
         )
+    if weights_train and wanted in ("auto", "joined"):
+        return Strategy(own, "the gate's weights train, and a mask has no gradient")
     if wanted != "auto":
         return Strategy(wanted, "asked for")
     if not training:
