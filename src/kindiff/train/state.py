@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -47,6 +48,10 @@ class State:
         }
         shell = copy.deepcopy(model, numberless)
         if config.compile:
+            # torch.compile itself looks at what goes into a block.
+            warnings.filterwarnings(
+                "ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning
+            )
             for block in model.blocks:  # one compilation serves them all
                 block.compile(dynamic=False)
         return State(
