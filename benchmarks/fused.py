@@ -134,10 +134,10 @@ def captured(run: Callable[[], Any]) -> Callable[[], Any]:
     with torch.cuda.graph(graph):
         run()
 
-    def replay() -> None:
+    def replay() -> object:
         graph.replay()
+        return run  # whose tensors the graph reads: it must outlive this function
 
-    replay.keeps = run  # type: ignore[attr-defined]  # the tensors that the graph reads
     return replay
 
 

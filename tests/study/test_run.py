@@ -46,7 +46,11 @@ def test_a_killed_study_goes_on_and_compares_every_method(tmp_path, monkeypatch,
     assert 3 <= len(before) < 10
 
     process = subprocess.Popen([*command, "--workers", "2"], env=one_thread(), stderr=subprocess.DEVNULL)
-    time.sleep(8)
+    while process.poll() is None and not all(
+        (work / "small" / f"worker-{i}.log").is_file() and (work / "small" / f"worker-{i}.log").stat().st_size
+        for i in range(2)
+    ):
+        time.sleep(0.05)
     process.terminate()
     assert process.wait() == 143
     assert not at_work_in(work)  # its workers are gone too

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 FEW = (16, 32, 64)
 """Columns that a sample's tailors may fill in a tile."""
@@ -29,7 +29,7 @@ OUTWARD_TILE = {"BLOCK_T": 128, "BLOCK_O": 128, "BLOCK_R": 64, "num_warps": 4, "
 """Rows, columns and inner numbers of a block; chosen on an H100 (`python benchmarks/fused.py tiles`)."""
 # Compiled programs launch a triton_op's kernels themselves; Triton's interpreter needs a call that is not looked into.
 _GPU = torch.cuda.is_available()
-_op = torch.library.triton_op if _GPU else torch.library.custom_op
+_op = library.triton_op if _GPU else library.custom_op
 
 
 def fits(rank: int | None, components: int, dtype: torch.dtype) -> bool:
@@ -162,7 +162,7 @@ def _kernel(name: str) -> Any:
     from kindiff.components import kernels
 
     kernel = getattr(kernels, name)
-    return torch.library.wrap_triton(kernel) if _GPU else kernel
+    return library.wrap_triton(kernel) if _GPU else kernel
 
 
 def _parts(whole: int, part: int) -> int:

@@ -59,16 +59,16 @@ def run_workers(
     threads = max(1, (os.cpu_count() or 1) // workers)
     gpus = torch.cuda.device_count()
     processes: dict[Path, subprocess.Popen[bytes]] = {}
-    for i in range(workers):
-        own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        if gpus:
-            own["CUDA_VISIBLE_DEVICES"] = str(i % gpus)
-        path = logs / f"worker-{i}.log"
-        with path.open("a") as log:
-            processes[path] = subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log)
     failed: set[Path] = set()
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
+        for i in range(workers):
+            own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+            if gpus:
+                own["CUDA_VISIBLE_DEVICES"] = str(i % gpus)
+            path = logs / f"worker-{i}.log"
+            with path.open("a") as log:
+                processes[path] = subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log)
         already = done(study, read_records(study.results), only)
         with Track(study.name, study.units(only), unit="cells", done=already) as track:
             while any(process.poll() is None for process in processes.values()):
