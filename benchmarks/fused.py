@@ -1,7 +1,7 @@
 """The GPU kernels of component matrices: against the library's products, and by block shape (needs a GPU).
 
     python benchmarks/fused.py layers    a block's matrices, bf16, training and sampling: dense, gathered, fused
-    python benchmarks/fused.py tiles     each kernel by the shape of its blocks
+    python benchmarks/fused.py tiles     each kernel by the shape of its blocks, as one graph each
 
 DiT-B and DiT-L, N_G = width / 4, N_T = 4, images of 256 tokens, a class each. Variants take turns; figures are medians.
 The results of `layers` are first compared with fp64 products. Results go to benchmarks/results/fused-<part>-gpu.json.
@@ -26,10 +26,9 @@ from kindiff.models import Gating
 from kindiff.models.layers import Linear
 
 TOKENS, TAILOR = 256, 4
-INWARD = ((64, 64, 64, 4, 4), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4), (128, 128, 64, 4, 4), (128, 128, 64, 8, 4),
-          (64, 256, 64, 4, 3), (128, 256, 64, 8, 3))  # fmt: skip
-OUTWARD = ((64, 128, 64, 4, 3), (64, 256, 64, 4, 3), (128, 128, 32, 4, 4), (128, 128, 64, 4, 3), (128, 128, 64, 8, 3),
-           (128, 256, 64, 8, 3))  # fmt: skip
+INWARD = ((128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4))
+OUTWARD = ((128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 128, 8, 2), (64, 128, 64, 4, 4))
+WEIGHTS = ((256, 128, 64, 8, 3), (128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (64, 128, 64, 4, 4))
 """Rows, columns and inner numbers of a block, warps, stages."""
 
 
@@ -174,13 +173,11 @@ def tiles(args: Args) -> list[dict[str, Any]]:
     rows = []
     for width in args.widths:
         for features, count in ((width, 3), (width, 1), (4 * width, 1)):
-            for row in (
-                inward(width // 4, features, count, args),
-                outward(width // 4, features, count, args),
-            ):
-                rows.append({"width": width, "features": features, "layers": count} | row)
-                print({k: v if isinstance(v, str | int) else {n: round(t * 1e3) for n, t in v.items()}
-                       for k, v in rows[-1].items()}, "us", flush=True)  # fmt: skip
+            for kernel in (inward, outward, weights):
+                found = medians(kernel(width // 4, features, count, args), args.rounds)
+                row = {"width": width, "features": features, "layers": count, "kernel": kernel.__name__}
+                rows.append(row | {"milliseconds": found})
+                print(row, {n: round(t * 1e3) for n, t in found.items()}, "us", flush=True)
     return rows
 
 
@@ -188,16 +185,21 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
+def by_tile(rule: str, names: str, shapes: Any, run: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
+    found = {}
+    for *blocks, warps, stages in shapes:
+        tile = dict(zip((f"BLOCK_{name}" for name in names), blocks, strict=True))
+        tile |= {"num_warps": warps, "num_stages": stages}
+        found[str((*blocks, warps, stages))] = with_tile(rule, tile, run)
+    return found
+
+
 def inward(rank: int, features: int, count: int, args: Args) -> dict[str, Any]:
     x, v = random(args.batch, TOKENS, features), random(count * rank, features)
     v_own, flat = random(args.batch, count * TAILOR, features), x.flatten(0, 1)
-    variants: dict[str, Callable[[], Any]] = {"library, learngenes alone": lambda: flat @ v.T}
-    for t, r, i, warps, stages in INWARD:
-        tile = {"BLOCK_T": t, "BLOCK_R": r, "BLOCK_I": i, "num_warps": warps, "num_stages": stages}
-        variants[str((t, r, i, warps, stages))] = with_tile(
-            "INWARD_TILE", tile, lambda: fused.inward([x], [v], [v_own], count)
-        )
-    return {"kernel": "inward", "milliseconds": medians(variants, args.rounds)}
+    return {"library, learngenes alone": lambda: flat @ v.T} | by_tile(
+        "INWARD_TILE", "TRI", INWARD, lambda: fused.inward([x], [v], [v_own], count)
+    )
 
 
 def outward(rank: int, features: int, count: int, args: Args) -> dict[str, Any]:
@@ -205,13 +207,24 @@ def outward(rank: int, features: int, count: int, args: Args) -> dict[str, Any]:
     h, u = random(args.batch * TOKENS, count * (rank + few)), random(count * rank, features)
     own, bias = random(args.batch, count * TAILOR, features), random(features)
     flat = h[:, : count * rank]
-    variants: dict[str, Callable[[], Any]] = {"library, learngenes alone": lambda: torch.addmm(bias, flat, u)}
-    for t, o, r, warps, stages in OUTWARD:
-        tile = {"BLOCK_T": t, "BLOCK_O": o, "BLOCK_R": r, "num_warps": warps, "num_stages": stages}
-        variants[str((t, o, r, warps, stages))] = with_tile(
-            "OUTWARD_TILE", tile, lambda: fused.outward(h, u, own, bias, count * rank, count, 0, count)
-        )
-    return {"kernel": "outward", "milliseconds": medians(variants, args.rounds)}
+    return {"library, learngenes alone": lambda: torch.addmm(bias, flat, u)} | by_tile(
+        "OUTWARD_TILE", "TOR", OUTWARD,
+        lambda: fused.outward(h, u, own, bias, count * rank, count, 0, count),
+    )  # fmt: skip
+
+
+def weights(rank: int, features: int, count: int, args: Args) -> dict[str, Any]:
+    few = fused.columns_of(TAILOR)
+    h, z = random(args.batch * TOKENS, count * (rank + few)), random(args.batch, TOKENS, features)
+    flat = h[:, : count * rank]
+
+    def ours() -> Any:
+        parts, own = fused.weights(h, z, count * rank, count, 0, count)
+        return parts.sum(dim=0).bfloat16(), own
+
+    return {"library, learngenes alone": lambda: flat.T @ z.flatten(0, 1)} | by_tile(
+        "WEIGHTS_TILE", "ROT", WEIGHTS, ours
+    )
 
 
 def medians(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
     python benchmarks/models.py steps       forward, backward, clipping, optimiser: DiT-S/2 and DiT-B/2
     python benchmarks/models.py sampling    one guided step of 8 images: recombined models, merged, others
-    python benchmarks/models.py gpu         steps of DiT-B/2 and L/2 at batch 64 to 256, bf16, compiled (needs a GPU)
+    python benchmarks/models.py gpu         steps of DiT-B/2 and L/2 at batch 64 to 256, bf16, compiled and
+                                            recorded as CUDA graphs (needs a GPU)
 
 Against our dense DiT: components (N_G = width / 4, N_T = 4, 150 classes), diffusers' DiTTransformer2DModel of the
 same shape, our dense DiT with peft's LoRA beside its frozen weights (rank width / 8), and on DiT-S the rank mask of
@@ -30,11 +31,13 @@ from kindiff import runtime
 from kindiff.components import decompose
 from kindiff.components.build import Structure
 from kindiff.config import MATRICES, TrainConfig
+from kindiff.data.batches import Batch
 from kindiff.diffusion import loss_of
 from kindiff.evaluate.cost import closed_macs
 from kindiff.models import DiT
 from kindiff.train.memory import activations
 from kindiff.train.optimiser import Optimiser
+from kindiff.train.step import Recorded, Step
 
 CLASSES = 150
 torch._dynamo.config.recompile_limit = 64  # all blocks of all variants count together
@@ -58,6 +61,8 @@ class Args:
     """One model only: DiT-S, DiT-B, DiT-L."""
     variant: str = "kind"
     """Of peak."""
+    variants: tuple[str, ...] = ("dense", "kind", "diffusers", "LoRA")
+    """Of gpu."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Of peak."""
     out: Path | None = None
@@ -113,43 +118,44 @@ def step_run(
     device: torch.device,
     *,
     compiled: bool = False,
+    recorded: bool = False,
 ) -> Callable[[], None]:
-    """A whole training step: forward, backward, clipping, optimiser; of ours by its own optimiser."""
+    """A whole training step: forward, backward, clipping, optimiser; of ours by training's own means."""
     model.to(device).train()
-    own = (
-        Optimiser(model, TrainConfig(lr=1e-5))
-        if type(model) is DiT and not isinstance(model.blocks[0].q, RankMask)
-        else None
-    )
     if compiled:
         compile_blocks(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    other = None if own else torch.optim.AdamW(trained, lr=1e-5, fused=True)
     loss = loss_of(config)
     x = torch.randn(batch, config.channels, config.input_size, config.input_size, device=device)
     noise, u = torch.randn_like(x), torch.rand(batch, device=device)
     ids_host = torch.arange(batch) % CLASSES
     ids = ids_host.to(device)
-    slots = own.slots_on(ids_host) if own else torch.empty(0)
+    if type(model) is DiT and not isinstance(model.blocks[0].q, RankMask):
+        train = TrainConfig(
+            lr=1e-5, batch=batch, precision="bf16" if dtype == torch.bfloat16 else "fp32", compile=compiled,
+            record=recorded,
+        )  # fmt: skip
+        optimiser = Optimiser(model, train)
+        work, slots = Step(model, optimiser, loss, train), optimiser.slots_on(ids_host)
+        once = torch.unique(ids_host)
 
-    def passes() -> None:
+        def run() -> None:
+            work.gradients(Batch(x, ids, ids, noise, u), slots)
+            work.move(1.0, slots, once)
+
+        return run
+    trained = [p for p in model.parameters() if p.requires_grad]
+    other = torch.optim.AdamW(trained, lr=1e-5, fused=True, capturable=device.type == "cuda")
+
+    def plain() -> tuple[()]:
+        other.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             value = loss(lambda a, t: model(a, t, ids), x, noise, u).mean()
         value.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        other.step()
+        return ()
 
-    def run() -> None:
-        if own:
-            with own.of_slots(slots, batch if compiled else 0):
-                passes()
-            own.clip(1.0)
-            own.step(factor=1.0, slots=slots, ids=ids_host)
-        else:
-            other.zero_grad()
-            passes()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            other.step()
-
-    return run
+    return Recorded(plain) if recorded else plain
 
 
 def compile_blocks(model: nn.Module) -> None:
@@ -259,18 +265,27 @@ def guided_run(
 
 
 def gpu(args: Args, device: torch.device) -> list[dict[str, Any]]:
-    """bf16, compiled; and what share of the time the card's limits account for, both limits measured in this run."""
+    """bf16, compiled, recorded; and the share of the time that the card's limits, measured here, account for."""
     assert device.type == "cuda", "this part needs a GPU"
     flops, bytes_ = card_limits(device)
     rows = []
     for name in (args.model,) if args.model else ("DiT-B", "DiT-L"):
         for batch in args.batches:
-            models = {label: make(name, label) for label in ("dense", "kind", "diffusers", "LoRA")}
+            models = {label: make(name, label) for label in args.variants}
             kind = models["kind"]
             variants = {
-                label: step_run(model, kind.config, batch, torch.bfloat16, device, compiled=True)
+                label: step_run(
+                    model, kind.config, batch, torch.bfloat16, device, compiled=True, recorded=True
+                )
                 for label, model in models.items()
             }
+            if batch == min(args.batches):  # where the host is slower than the card
+                variants |= {
+                    f"{label}, not recorded": step_run(
+                        models[label], kind.config, batch, torch.bfloat16, device, compiled=True
+                    )
+                    for label in ("dense", "kind")
+                }
             found = row(
                 f"{name}/2, batch {batch}", torch.bfloat16, "train", alternate(variants, args.rounds, device),
                 allowed(kind, whole=True),
@@ -289,7 +304,10 @@ def gpu(args: Args, device: torch.device) -> list[dict[str, Any]]:
                 {k: v for k, v in found.items() if "share of" in k or k == "images a second"},
                 flush=True,
             )
-            rows.append(found | {"compiled": True, "measured flop/s": flops, "measured bytes/s": bytes_})
+            rows.append(
+                found
+                | {"compiled": True, "recorded": True, "measured flop/s": flops, "measured bytes/s": bytes_}
+            )
             save(
                 "models-gpu", device, args.out, rows=rows, rounds=args.rounds
             )  # as it comes: it takes a while

@@ -34,6 +34,7 @@ from kindiff.config import MATRICES, DiTConfig, KindConfig
 from kindiff.evaluate.cost import closed_macs
 from kindiff.models import DiT, Gating
 from kindiff.train.apart import Apart
+from kindiff.train.step import WARM
 
 TOKEN_SIDE = 16
 SWEEP = {"width": (384, 768, 1024), "rank": (96, 192, 288, 384), "tailor": (1, 4, 16), "batch": (1, 2, 8, 32)}
@@ -98,9 +99,10 @@ def allowed(model: DiT, *, whole: bool) -> float:
 def alternate(
     variants: dict[str, Callable[[], None]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of each variant, round by round; two rounds of warm-up."""
+    """Seconds of each variant, round by round, after some that warm up (and on a GPU record)."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for i in range(rounds + 2):
+    warm = WARM + 2 if device.type == "cuda" else 2
+    for i in range(rounds + warm):
         for name, run in variants.items():
             if device.type == "cuda":
                 torch.cuda.synchronize()
@@ -108,7 +110,7 @@ def alternate(
             run()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            if i >= 2:
+            if i >= warm:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
@@ -141,13 +143,13 @@ def block_run(
     ids = torch.zeros_like(ids) if one_class else ids
     banks = {n: p for n, p in model.named_parameters() if ".tailor_" in n}
     apart = Apart(model, banks) if backward and banks else None
-    slots = model.gate.slots_on(ids) if model.gate else ids
+    places = apart.places(model.gate.slots_on(ids)) if apart else ()
 
     def run() -> None:
         for parameter in block.parameters():
             parameter.grad = None
         with (
-            apart.slots(slots) if apart else contextlib.nullcontext(),
+            apart.at(*places) if apart else contextlib.nullcontext(),
             torch.set_grad_enabled(backward),
             torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16),
         ):

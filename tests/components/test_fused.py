@@ -31,17 +31,19 @@ def plain(
 
 
 @pytest.mark.parametrize(
-    ("batch", "tokens", "wide", "out", "rank", "own", "count"),
+    ("batch", "tokens", "wide", "out", "rank", "own", "count", "programs"),
     [
-        pytest.param(2, 20, 40, 48, 16, 3, 3, id="q, k, v; odd sizes"),
-        pytest.param(3, 130, 64, 136, 64, 4, 1, id="more tokens than a block"),
-        pytest.param(2, 64, 96, 40, 48, 17, 1, id="two blocks of tailor columns"),
-        pytest.param(2, 16, 200, 96, 144, 64, 2, id="as many tailor components as fit"),
+        pytest.param(2, 20, 40, 48, 16, 3, 3, 132, id="q, k, v; odd sizes"),
+        pytest.param(3, 130, 64, 136, 64, 4, 1, 4, id="more tokens than a block; two samples a program"),
+        pytest.param(2, 64, 96, 40, 48, 17, 1, 132, id="two blocks of tailor columns"),
+        pytest.param(5, 16, 200, 96, 144, 64, 2, 1, id="as many tailor components as fit; one program"),
     ],
 )
 def test_outputs_and_gradients_are_those_of_plain_products(
-    batch: int, tokens: int, wide: int, out: int, rank: int, own: int, count: int
-) -> None:
+    batch: int, tokens: int, wide: int, out: int, rank: int, own: int, count: int, programs: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(fused, "PROGRAMS", programs)
     torch.manual_seed(0)
 
     def leaf(*shape: int) -> Tensor:

@@ -20,8 +20,14 @@ from toys import toy, write_shapes
 
 
 def step(
-    model: DiT, optimiser: Optimiser, ids: torch.Tensor, gate_ids: torch.Tensor, images: int = 0
+    model: DiT,
+    optimiser: Optimiser,
+    ids: torch.Tensor,
+    gate_ids: torch.Tensor,
+    images: int = 0,
+    repeat: bool = False,
 ) -> torch.Tensor:
+    """repeat: slots and ids are filled up too, as where a step is recorded."""
     generator = torch.Generator().manual_seed(int(ids.sum()))
     x = torch.randn(len(ids), 3, 8, 8, generator=generator).to(model.positions_TD)
     t = torch.rand(len(ids), generator=generator).to(x) * 1000
@@ -29,7 +35,11 @@ def step(
     with optimiser.of_slots(slots, images):
         model(x, t, ids, gate_ids).square().mean().backward()
     norm = optimiser.clip(0.1)
-    optimiser.step(factor=1.0, slots=slots, ids=torch.unique(ids))
+    ids = torch.unique(ids)
+    if repeat and len(slots):
+        slots = optimiser.places(slots, images)[0]
+        ids = torch.cat([ids, ids[:1].expand(images - len(ids))])
+    optimiser.step(factor=1.0, slots=slots, ids=ids)
     return norm
 
 
@@ -41,8 +51,10 @@ def mixes(count: int):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("images", [0, 6])
-def test_steps_are_those_of_the_whole_banks(kind_model: DiT, recompute: bool, images: int) -> None:
+@pytest.mark.parametrize(("images", "repeat"), [(0, False), (6, False), (6, True)])
+def test_steps_are_those_of_the_whole_banks(
+    kind_model: DiT, recompute: bool, images: int, repeat: bool
+) -> None:
     """float64: clipping, moments and updates of ten steps, null and dropped gates among them."""
     apart = copy.deepcopy(kind_model).double().train()
     whole = copy.deepcopy(apart)
@@ -51,7 +63,8 @@ def test_steps_are_those_of_the_whole_banks(kind_model: DiT, recompute: bool, im
     own = Optimiser(apart, TrainConfig(lr=1e-2))
     other = Optimiser(whole, TrainConfig(lr=1e-2), alone=False)
     for ids, gate_ids in mixes(10):
-        a, b = step(apart, own, ids, gate_ids, images), step(whole, other, ids, gate_ids)
+        a = step(apart, own, ids, gate_ids, images, repeat)
+        b = step(whole, other, ids, gate_ids)
         torch.testing.assert_close(a, b, rtol=1e-10, atol=0)
         assert all(bank.grad is None for bank in banks)
     for (name, a), (_, b) in zip(apart.named_parameters(), whole.named_parameters(), strict=True):

@@ -2,10 +2,12 @@
 
 On a GPU thin products wait for memory, not for arithmetic. Tailors as products of their own read every input once more
 and write every output twice, which costs more than the learngenes. Here a sample's few tailor components ride in the
-learngenes' tiles: one kernel for products with a transposed factor (h = x V^T, dh = dy U^T) and one for h U and dh V.
+learngenes' tiles: one kernel for products with a transposed factor (h = x V^T, dh = dy U^T), one for h U and dh V, and
+one for the gradients of all factors (h^T dy, dh^T x) that share a side.
 
 B batch, T tokens, I/O features in/out, L layers that share an input, R learngene components of each, M tailor
-components of a sample in each, F columns that those fill (M up to the next of 16, 32, 64; zeros after M).
+components of a sample in each, F columns that those fill (M up to the next of 16, 32, 64: after M a column of ones,
+whose gradient is the bias's, then zeros).
 h is (B T, L R + L F): the learngenes' columns layer by layer, then the tailors'.
 """
 
@@ -24,9 +26,12 @@ ROWS = 16
 """Learngene ranks are multiples of this."""
 TRITON = importlib.util.find_spec("triton") is not None
 """Torch brings it along wherever it can run on a GPU."""
-INWARD_TILE = {"BLOCK_T": 128, "BLOCK_R": 256, "BLOCK_I": 64, "num_warps": 8, "num_stages": 3}
+INWARD_TILE = {"BLOCK_T": 128, "BLOCK_R": 256, "BLOCK_I": 64, "num_warps": 8, "num_stages": 4}
 OUTWARD_TILE = {"BLOCK_T": 128, "BLOCK_O": 128, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3}
-"""Rows, columns and inner numbers of a block; chosen on an H100 (`python benchmarks/fused.py tiles`)."""
+WEIGHTS_TILE = {"BLOCK_R": 256, "BLOCK_O": 128, "BLOCK_T": 64, "num_warps": 8, "num_stages": 3}
+"""Rows, columns and inner numbers of a block; chosen on an H200 (`python benchmarks/fused.py tiles`)."""
+PROGRAMS = 132
+"""Programs of `weights`: as many as run at once on such a card, one a multiprocessor."""
 # Compiled programs launch a triton_op's kernels themselves; Triton's interpreter needs a call that is not looked into.
 _GPU = torch.cuda.is_available()
 _op = library.triton_op if _GPU else library.custom_op
@@ -82,23 +87,44 @@ class FusedProducts(torch.autograd.Function):
             dh = inward(dys, us, own, 1)
             if needs[0]:
                 dx = outward(dh, v, v_own, None, len(v), count, 0, count)
-            if needs[1]:
+            if needs[1] and needs[2]:
+                dv, own_rows = _factors(dh, x_BTI, v, count, 0, count)
+                dv_own = own_rows[:, :, : v_own.shape[1] // count].flatten(1, 2)
+            elif needs[1]:
                 dv = dh[:, : len(v)].T @ x_BTI.flatten(0, 1)
-            if needs[2]:
+            elif needs[2]:
                 dv_own = _own_gradient(dh[:, len(v) :], x_BTI, v_own.shape[1], count)
         need_u, need_b, need_own = (needs[3 + i * count : 3 + (i + 1) * count] for i in range(3))
         du: list[Tensor | None] = [None] * count
+        db: list[Tensor | None] = [None] * count
         du_own: list[Tensor | None] = [None] * count
-        if h is not None:
-            few = (h.shape[1] - len(v)) // count
-            for i, dy in enumerate(dys):
-                if need_u[i]:
-                    du[i] = h[:, i * rank : (i + 1) * rank].T @ dy.flatten(0, 1)
-                if need_own[i]:
-                    part = h[:, len(v) + i * few : len(v) + (i + 1) * few]
-                    du_own[i] = _own_gradient(part, dy, own[i].shape[1], 1)
-        db = [dy.sum(dim=(0, 1)) if need else None for need, dy in zip(need_b, dys, strict=True)]
+        for i, dy in enumerate(dys):
+            mine = own[i].shape[1]
+            if h is None:
+                pass
+            elif need_u[i] and need_own[i]:
+                du[i], own_rows = _factors(h, dy, us[i], count, i, 1)
+                du_own[i] = own_rows[:, 0, :mine]
+                if need_b[i] and mine < own_rows.shape[2]:  # the column of ones has summed up dy
+                    db[i] = own_rows[:, 0, mine].sum(dim=0)
+            elif need_u[i]:
+                du[i] = h[:, i * rank : (i + 1) * rank].T @ dy.flatten(0, 1)
+            elif need_own[i]:
+                few = (h.shape[1] - len(v)) // count
+                part = h[:, len(v) + i * few : len(v) + (i + 1) * few]
+                du_own[i] = _own_gradient(part, dy, mine, 1)
+            if need_b[i] and db[i] is None:
+                db[i] = dy.sum(dim=(0, 1))
         return dx, dv, dv_own, *du, *db, *du_own
+
+
+def _factors(
+    h: Tensor, z_BTO: Tensor, like: Tensor, layers: int, first: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of learngenes (count R, O) and, of each sample, (B, count, F, O): columns of h against rows of z."""
+    rank = len(like) // count
+    parts, own = weights(h, z_BTO, layers * rank, layers, first, count)
+    return parts.sum(dim=0).to(like.dtype), own
 
 
 def _own_gradient(h: Tensor, x_BTI: Tensor, components: int, count: int) -> Tensor:
@@ -117,11 +143,12 @@ def inward(xs: Sequence[Tensor], vs: Sequence[Tensor], owns: Sequence[Tensor], c
     layers, rank, mine = len(xs) * count, len(vs[0]) // count, owns[0].shape[1] // count
     few = columns_of(mine)
     h = xs[0].new_empty(batch * tokens, layers * (rank + few))
-    grid = (batch * _parts(tokens, INWARD_TILE["BLOCK_T"]) * count * _parts(rank, INWARD_TILE["BLOCK_R"]),)
+    tile = _for_rank(INWARD_TILE, rank)
+    grid = (batch * _parts(tokens, tile["BLOCK_T"]) * count * _parts(rank, tile["BLOCK_R"]),)
     for i, (x, v, own) in enumerate(zip(xs, vs, owns, strict=True)):
         launch[grid](
             x, v, own.contiguous(), h, tokens, width, rank, mine, count, h.shape[1], i * count * rank,
-            layers * rank + i * count * few, FEW=few, **INWARD_TILE,
+            layers * rank + i * count * few, FEW=few, **tile,
         )  # fmt: skip
     return h
 
@@ -156,6 +183,50 @@ def _(
     h: Tensor, u: Tensor, own: Tensor, bias: Tensor | None, own_at: int, layers: int, first: int, count: int
 ) -> Tensor:
     return h.new_empty(len(own), len(h) // len(own), u.shape[1])
+
+
+@_op("kindiff::weights", mutates_args=())
+def weights(h: Tensor, z: Tensor, own_at: int, layers: int, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """Of `count` of the layers of h, the first at `first`, against z (B, T, O), summed over rows.
+
+    For the learngenes in parts to be added up, (P, count R, O) fp32; for each sample's own, (B, count, F, O).
+    """
+    launch = _kernel("weights")
+    samples, tokens, features = z.shape
+    rank, few = own_at // layers, (h.shape[1] - own_at) // layers
+    found, own = _weights_out(h, z, own_at, layers, count)
+    parts, tile = len(found), _for_rank(WEIGHTS_TILE, rank)
+    launch[(parts * _weights_tiles(rank, features, count),)](
+        h, z, found, own, samples, tokens, features, rank, count, _parts(samples, parts), h.shape[1], first * rank,
+        own_at + first * few, FEW=few, **tile,
+    )  # fmt: skip
+    return found, own
+
+
+@weights.register_fake
+def _(h: Tensor, z: Tensor, own_at: int, layers: int, first: int, count: int) -> tuple[Tensor, Tensor]:
+    return _weights_out(h, z, own_at, layers, count)
+
+
+def _weights_out(h: Tensor, z: Tensor, own_at: int, layers: int, count: int) -> tuple[Tensor, Tensor]:
+    samples, _, features = z.shape
+    rank, few = own_at // layers, (h.shape[1] - own_at) // layers
+    parts = min(samples, max(1, PROGRAMS // _weights_tiles(rank, features, count)))
+    parts = _parts(samples, _parts(samples, parts))  # each with a sample at least
+    return (
+        h.new_empty(parts, count * rank, features, dtype=torch.float32),
+        h.new_empty(samples, count, few, features),
+    )
+
+
+def _weights_tiles(rank: int, features: int, count: int) -> int:
+    tile = _for_rank(WEIGHTS_TILE, rank)
+    return count * _parts(rank, tile["BLOCK_R"]) * _parts(features, tile["BLOCK_O"])
+
+
+def _for_rank(tile: dict[str, int], rank: int) -> dict[str, int]:
+    """A block no wider than the rank needs."""
+    return tile | {"BLOCK_R": min(tile["BLOCK_R"], max(64, 1 << (rank - 1).bit_length()))}
 
 
 def _kernel(name: str) -> Any:

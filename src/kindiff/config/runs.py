@@ -84,6 +84,9 @@ class TrainConfig:
     """Compute the blocks' activations again in the backward pass instead of keeping them, for less memory."""
     compile: bool = False
     """Compile the blocks (torch.compile): one graph for all, whatever the classes of a batch; needs a C++ compiler."""
+    record: bool = False
+    """On one GPU, after the first steps: record a step as CUDA graphs and replay it, which costs the host next to
+    nothing; without effect elsewhere."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun. ddp: every rank holds the whole model. fsdp: a piece of every tensor (FSDP2)."""
     lr: float = 1e-3

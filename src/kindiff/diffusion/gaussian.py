@@ -27,9 +27,21 @@ class Schedule:
     alpha_bar: Tensor
     timesteps: Tensor
 
+    def to(self, device: torch.device) -> Schedule:
+        """The same on a device, where it stays: a copy in every step would make the device wait for the host."""
+        if device == self.alpha_bar.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = Schedule(self.alpha_bar.to(device), self.timesteps.to(device))
+        return self._elsewhere[device]
+
+    @cached_property
+    def _elsewhere(self) -> dict[torch.device, Schedule]:
+        return {}
+
     @cached_property
     def alpha_bar_before(self) -> Tensor:
-        return torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
+        return torch.cat([torch.ones_like(self.alpha_bar[:1]), self.alpha_bar[:-1]])
 
     @cached_property
     def beta(self) -> Tensor:
@@ -103,9 +115,10 @@ def hybrid_loss(predict: Predict, x_0: Tensor, noise: Tensor, u_B: Tensor, full:
 
     u_B uniform in [0, 1) picks the timestep. The variance's gradient does not reach the predicted noise.
     """
+    full = full.to(u_B.device)
     s_B = (u_B.double() * STEPS).long()
     x_t = full.add_noise(x_0, noise, s_B)
-    eps, spread = predict(x_t, full.timesteps.to(s_B.device)[s_B]).chunk(2, dim=1)
+    eps, spread = predict(x_t, full.timesteps[s_B]).chunk(2, dim=1)
     simple = (eps - noise).square().flatten(1).mean(dim=1)
     return simple + _bound(full, x_0, x_t, eps.detach(), spread, s_B)
 
@@ -140,4 +153,4 @@ def _log_likelihood_8_bit(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
 
 def _at(values_S: Tensor, s_B: Tensor, like: Tensor) -> Tensor:
     """values[s] in the batch's dtype, shaped to broadcast over it."""
-    return values_S.to(like.device)[s_B].to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+    return values_S[s_B].to(like.dtype).view(-1, *[1] * (like.ndim - 1))

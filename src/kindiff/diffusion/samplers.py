@@ -44,11 +44,11 @@ def heun(predict: Predict, noise: Tensor, *, steps: int) -> Tensor:
 
 def ddim(predict: Predict, noise: Tensor, *, schedule: Schedule) -> Tensor:
     """Deterministic DDIM (Song et al. 2021, eq. 12 with sigma 0) over a respaced schedule."""
-    x = noise
+    x, here = noise, schedule.to(noise.device)
     for s in reversed(range(len(schedule.timesteps))):
-        s_B, t_B = _positions(schedule, x, s)
+        s_B, t_B = _positions(here, x, s)
         eps = predict(x, t_B).chunk(2, dim=1)[0]
-        x_0 = schedule.clean(x, eps, s_B)
+        x_0 = here.clean(x, eps, s_B)
         before = float(schedule.alpha_bar_before[s])
         x = before**0.5 * x_0 + (1 - before) ** 0.5 * eps
     return x
@@ -56,7 +56,7 @@ def ddim(predict: Predict, noise: Tensor, *, schedule: Schedule) -> Tensor:
 
 def ddpm(predict: Predict, noise: Tensor, *, schedule: Schedule, new_noise: NewNoise, clip: bool) -> Tensor:
     """Ancestral sampling with the learned variances (DDPM, algorithm 2). clip: bound x_0 to [-1, 1] (pixels)."""
-    x = noise
+    x, schedule = noise, schedule.to(noise.device)
     for s in reversed(range(len(schedule.timesteps))):
         s_B, t_B = _positions(schedule, x, s)
         eps, spread = predict(x, t_B).chunk(2, dim=1)
@@ -68,7 +68,7 @@ def ddpm(predict: Predict, noise: Tensor, *, schedule: Schedule, new_noise: NewN
 
 def _positions(schedule: Schedule, x: Tensor, s: int) -> tuple[Tensor, Tensor]:
     s_B = torch.full((len(x),), s, device=x.device)
-    return s_B, schedule.timesteps.to(x.device)[s_B]
+    return s_B, schedule.timesteps[s_B]
 
 
 def _full(x: Tensor, value: float) -> Tensor:

@@ -87,7 +87,7 @@ class DiT(nn.Module):
         c_BD = F.silu(c_BD)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
-                x_BTD = recomputed(block, x_BTD, c_BD, gating, use_reentrant=False)
+                x_BTD = recomputed(block, x_BTD, c_BD, gating, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_BTD = block(x_BTD, c_BD, gating)
         return unpatchify(

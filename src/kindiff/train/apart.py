@@ -19,7 +19,7 @@ from kindiff.models.dit import DiT
 
 
 class Apart:
-    """A model's banks of tailors that train; `slots` puts a step's rows in their place."""
+    """A model's banks of tailors that train; `at` puts a step's rows in their place."""
 
     def __init__(self, model: DiT, banks: dict[str, nn.Parameter]) -> None:
         assert isinstance(model.gate, TableGate)
@@ -30,22 +30,28 @@ class Apart:
             for owner, _, leaf in [name.rpartition(".")]
         ]
 
-    @contextlib.contextmanager
-    def slots(self, slots_n: Tensor, images: int = 0) -> Iterator[list[nn.Parameter]]:
-        """Within, forward and backward, each bank has these n rows (each once), and the gate knows them by their place.
+    def places(self, slots_n: Tensor, images: int = 0) -> tuple[Tensor, Tensor]:
+        """The rows of a step (each slot once) and every slot's place among them (S,), where the slots are.
 
-        Yields them in the banks' order, the rows first; their gradients are the banks' own. images: fill up to as many
-        rows as so many images can have, with rows that none has, so that shapes stay the same from step to step.
+        images: fill up to as many rows as so many images can have, with rows that none has, so that shapes stay the
+        same from step to step; those repeat the first.
         """
-        table_CK = self.gate.slots_CK
-        count = images * table_CK.shape[1]
+        count = images * self.gate.slots_CK.shape[1]
         rows = slots_n if len(slots_n) else slots_n.new_zeros(1)
         if len(rows) < count:
             rows = torch.cat([rows, rows[:1].expand(count - len(rows))])
-        rows = rows.to(table_CK.device)
         place_S = rows.new_zeros(len(self.banks[0][2]))
-        place_S[rows[: len(slots_n)]] = torch.arange(len(slots_n), device=rows.device)
-        leaves = [nn.Parameter(bank.detach()[rows]) for _, _, bank in self.banks]
+        place_S[slots_n] = torch.arange(len(slots_n), device=rows.device)
+        return rows, place_S
+
+    @contextlib.contextmanager
+    def at(self, rows_n: Tensor, place_S: Tensor) -> Iterator[list[nn.Parameter]]:
+        """Within, forward and backward, each bank has these rows, and the gate knows them by their places.
+
+        Yields them in the banks' order; their gradients are the banks' own.
+        """
+        table_CK = self.gate.slots_CK
+        leaves = [nn.Parameter(bank.detach()[rows_n]) for _, _, bank in self.banks]
         try:
             self.gate.slots_CK = place_S[table_CK]
             for (owner, leaf, _), own in zip(self.banks, leaves, strict=True):

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kindiff.config import ObjectiveConfig, TrainConfig
 from kindiff.data.batches import Batch, batches, make_batch
 from kindiff.data.sets import SampleSet
-from kindiff.diffusion import Loss, loss_of
+from kindiff.diffusion import loss_of
 from kindiff.errors import UsageError
 from kindiff.models.dit import DiT
 from kindiff.progress import Track, say
@@ -30,8 +29,8 @@ from kindiff.train.capsule import capsule_of, write_capsule
 from kindiff.train.optimiser import factor_of
 from kindiff.train.rollback import BadStepError, read_windows, roll_back
 from kindiff.train.run import Run
-from kindiff.train.sharding import unshared, whole
 from kindiff.train.state import Saver, State
+from kindiff.train.step import Step
 
 
 class Interrupted(Exception):
@@ -93,7 +92,8 @@ def _train(job: Job, state: State, saver: Saver, stop: list[int], writer: Any, f
     """Steps first .. config.steps - 1; raises BadStepError before one that must not be taken."""
     # Everything that a step needs.
     model, optimiser, config, ranks = state.model, state.optimiser, job.config, job.run.ranks
-    device, loss_function = state.loss_sum.device, loss_of(model.config)
+    device = state.loss_sum.device
+    work = Step(state.module, optimiser, loss_of(model.config), config)
     save_every = -(-config.save_every // 2)  # the one before may still be being written
     left_out = [window.steps for window in read_windows(job.run.folder)]
     feed = batches(
@@ -114,18 +114,13 @@ def _train(job: Job, state: State, saver: Saver, stop: list[int], writer: Any, f
                 ids = ranks.union(torch.unique(batch.ids_B), model.classes.rows)
                 batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
 
-                # Forward and backward.
-                with optimiser.of_slots(slots, len(batch.ids_B) if config.compile else 0):
-                    loss = _loss_and_gradients(state, batch, loss_function, config)
-
-                # Check (two numbers, the same on all ranks), step, average.
-                norm = whole(optimiser.clip(config.clip))
-                loss, norm = ranks.mean(torch.stack((loss, norm)))
+                # Forward and backward; check (two numbers, the same on all ranks), move, average.
+                loss, norm = ranks.mean(torch.stack(work.gradients(batch, slots)))
                 if not torch.isfinite(loss + norm):
                     found = f"the loss ({float(loss)}) or the gradient's norm ({float(norm)}) is not finite"
                     raise _bad(job, state, batch, step, found)
                 factor = factor_of(step, config)
-                optimiser.step(factor=factor, slots=slots, ids=ids)
+                work.move(factor, slots, ids)
                 state.ema.update(step)
                 state.loss_sum, state.since = state.loss_sum + loss, state.since + 1
 
@@ -160,26 +155,6 @@ def _train(job: Job, state: State, saver: Saver, stop: list[int], writer: Any, f
                     f"stopped at step {done} of {config.steps}, saved; to resume, run the same command again.",
                 )
     saver.settle()
-
-
-def _loss_and_gradients(state: State, batch: Batch, loss_function: Loss, config: TrainConfig) -> Tensor:
-    """The mean loss of a rank's batch; its gradients, the means over all ranks, are added to the parameters'."""
-    total = torch.zeros((), device=batch.u_B.device)
-    parts = [Batch(*tensors) for tensors in zip(*(t.chunk(config.accumulate) for t in batch), strict=True)]
-    for part in parts:
-        with (
-            unshared(state.module, part is not parts[-1]),
-            torch.autocast(total.device.type, torch.bfloat16, enabled=config.precision == "bf16"),
-        ):
-            per_sample = loss_function(
-                lambda x, t, part=part: state.module(x, t, part.ids_B, part.gate_ids_B),  # type: ignore[misc]
-                part.x_BCHW, part.noise_BCHW, part.u_B,
-            )  # fmt: skip
-            loss = per_sample.mean() / len(parts)
-        with unshared(state.module, part is not parts[-1]):
-            loss.backward()
-        total = total + loss.detach()
-    return total
 
 
 def _bad(job: Job, state: State, batch: Batch | None, step: int, found: str) -> BadStepError:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,6 +18,7 @@ from kindiff.diffusion import loss_of
 from kindiff.models.dit import DiT
 from kindiff.train.ema import Ema
 from kindiff.train.optimiser import Optimiser
+from kindiff.train.step import Step
 
 STEPS = 3
 """Steps that are timed, after one that is not."""
@@ -34,7 +35,7 @@ class StepTime:
     loading: float
     """Making their batch, in one process."""
     passes: float
-    """Forward and backward."""
+    """Forward, backward and clipping."""
     update: float
     """Optimiser and average."""
 
@@ -59,7 +60,9 @@ def measure(
     device = model.positions_TD.device
     model.train()
     model.recompute = config.recompute
-    optimiser, ema, loss_function = Optimiser(model, config), Ema(model, config.ema), loss_of(model.config)
+    optimiser, ema = Optimiser(model, config), Ema(model, config.ema)
+    once = replace(config, batch=images, accumulate=1, compile=False, record=False)
+    work = Step(model, optimiser, loss_of(model.config), once)
     loading, passes, update = [], [], []
     for step in range(1 + STEPS):
         started = time.monotonic()
@@ -71,16 +74,10 @@ def measure(
         ids = torch.unique(batch.ids_B)
         batch = Batch(*(tensor.to(device) for tensor in batch))
         started = _now(device)
-        with optimiser.of_slots(slots):
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss = loss_function(
-                    lambda x, t, batch=batch: model(x, t, batch.ids_B, batch.gate_ids_B),  # type: ignore[misc]
-                    batch.x_BCHW, batch.noise_BCHW, batch.u_B,
-                ).mean()  # fmt: skip
-            loss.backward()
+        work.gradients(batch, slots)
         passes.append(_now(device) - started)
         started = _now(device)
-        optimiser.step(factor=1.0, slots=slots, ids=ids)
+        work.move(1.0, slots, ids)
         ema.update(step)
         update.append(_now(device) - started)
     middle = [statistics.median(seconds[1:]) for seconds in (loading, passes, update)]

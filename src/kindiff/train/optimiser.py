@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from kindiff.components.fused import TRITON
 from kindiff.components.gates import TableGate
 from kindiff.config import TrainConfig
 from kindiff.models.dit import DiT
@@ -41,10 +42,11 @@ class RowAdam:
         self.steps_S = torch.zeros(len(like), device=like.device, dtype=like.dtype)
 
     @torch.no_grad()
-    def step(self, rows: Tensor, lr: float, apart: list[nn.Parameter] | None = None) -> None:
-        """One step of the named rows (each once) along the banks' gradients, or of rows that stand apart along theirs.
+    def step(self, rows: Tensor, lr: float | Tensor, apart: list[nn.Parameter] | None = None) -> None:
+        """One step of the named rows along the banks' gradients, or of rows that stand apart along theirs.
 
-        apart: the banks' rows as tensors of their own, the named ones first; they move with the banks.
+        rows: each once, or again and again, so that shapes stay the same; it takes one step. apart: the banks' rows as
+        tensors of their own, the named ones first; they move with the banks.
         """
         if not len(rows) or not self.banks:
             return
@@ -52,6 +54,7 @@ class RowAdam:
         if len(self.steps_S) < self.rows:  # this rank's
             rows = rows[(rows >= self.first) & (rows < self.first + len(self.steps_S))] - self.first
         count = len(rows)
+        first = (rows.unsqueeze(1) == rows).int().argmax(dim=1)
         found = (
             [_gradient(bank)[rows] for bank in self.banks]
             if apart is None
@@ -59,11 +62,20 @@ class RowAdam:
         )
         gradient = torch.cat([g.flatten(1) for g in found], dim=1)
         self.steps_S[rows] += 1
-        steps = self.steps_S[rows].unsqueeze(1)
-        mean = self.mean_SP[rows].lerp(gradient, 1 - BETAS[0])
-        square = self.square_SP[rows].lerp(gradient.square(), 1 - BETAS[1])
-        self.mean_SP[rows], self.square_SP[rows] = mean, square
-        change = mean / (1 - BETAS[0] ** steps) / ((square / (1 - BETAS[1] ** steps)).sqrt() + EPS) * lr
+        if gradient.is_cuda and TRITON:
+            from kindiff.train.kernels import adam_rows_
+
+            rate = lr if isinstance(lr, Tensor) else torch.full((), lr, device=rows.device)
+            change = adam_rows_(
+                gradient, self.mean_SP, self.square_SP, self.steps_S, rows, first, rate, BETAS, EPS
+            )
+        else:
+            gradient = gradient[first]
+            steps = self.steps_S[rows].unsqueeze(1)
+            mean = self.mean_SP[rows].lerp(gradient, 1 - BETAS[0])
+            square = self.square_SP[rows].lerp(gradient.square(), 1 - BETAS[1])
+            self.mean_SP[rows], self.square_SP[rows] = mean, square
+            change = mean / (1 - BETAS[0] ** steps) / ((square / (1 - BETAS[1] ** steps)).sqrt() + EPS) * lr
         held = [local(bank) for bank in self.banks]
         values = [bank[rows] for bank in held] if apart is None else [own[:count] for own in apart]
         pieces = change.split([bank.shape[1:].numel() for bank in held], dim=1)
@@ -91,6 +103,7 @@ class Optimiser:
         self.shared = {n: p for n, p in trained.items() if n not in tailors and n not in classes}
         self.parameters = list(trained.values())
         self.config = config
+        self.alone = alone
         # On the host, so that no step waits for the device to say which classes it has.
         self.gate = copy.deepcopy(model.gate).cpu() if isinstance(model.gate, TableGate) else model.gate
         self.apart = (
@@ -107,7 +120,12 @@ class Optimiser:
             {"params": others, "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        self.adamw = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True) if groups else None
+        recordable = any(p.is_cuda for p in self.parameters)
+        self.adamw = (
+            torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True, capturable=recordable)
+            if groups
+            else None
+        )
 
     def slots_on(self, gate_ids_B: Tensor) -> Tensor:
         """The tailor slots that a batch (its ids on the host) trains, each once; none for a dense model."""
@@ -119,19 +137,33 @@ class Optimiser:
 
         images: of a step, where shapes must stay the same.
         """
+        with self.at_places(*self.places(slots, images)):
+            yield
+
+    def places(self, slots: Tensor, images: int = 0) -> list[Tensor]:
+        """What `at_places` takes, on the host: nothing where tailors stay in their banks (see `Apart.places`)."""
+        return [] if self.apart is None else list(self.apart.places(slots, images))
+
+    @contextlib.contextmanager
+    def at_places(self, *places: Tensor) -> Iterator[None]:
+        """`of_slots`, of what `places` found."""
         self.zero_grad()
         if self.apart is None:
             yield
             return
-        with self.apart.slots(slots, images) as self.rows:
+        device = self.apart.gate.slots_CK.device
+        with self.apart.at(*(tensor.to(device) for tensor in places)) as self.rows:
             yield
 
     def clip(self, largest: float) -> Tensor:
         """Scale all gradients so that their norm is at most this; returns the norm they had."""
         return torch.nn.utils.clip_grad_norm_([*self.parameters, *self.rows], largest)
 
-    def step(self, *, factor: float, slots: Tensor, ids: Tensor) -> None:
-        """One step at `factor` times the peak learning rates; of the classes only these slots and ids move."""
+    def step(self, *, factor: float | Tensor, slots: Tensor, ids: Tensor) -> None:
+        """One step at `factor` times the peak learning rates; of the classes only these slots and ids move.
+
+        Both may repeat.
+        """
         if self.adamw is not None:
             for group in self.adamw.param_groups:
                 group["lr"] = self.config.lr * factor

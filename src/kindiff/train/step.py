@@ -1,0 +1,127 @@
+"""One step of training: the gradients of a batch, and the move along them; on one GPU recorded, where asked for.
+
+A small model's step on a GPU is hundreds of short operations, and the host is slower to name them than the card to do
+them. Recorded as a CUDA graph they are started all at once. Two graphs, since between them training looks at the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from kindiff.config import TrainConfig
+from kindiff.data.batches import Batch
+from kindiff.diffusion import Loss
+from kindiff.train.optimiser import Optimiser
+from kindiff.train.sharding import unshared, whole
+
+WARM = 3
+"""Plain calls before a recording: kernels compile and the optimiser makes its moments."""
+
+
+class Recorded:
+    """A function of tensors on a GPU: called plainly a few times, then recorded as a CUDA graph and replayed.
+
+    Its inputs must keep their shapes. The results of a replay stand in the same tensors as those of the one before.
+    """
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
+        self.function = function
+        self.stream = torch.cuda.Stream()
+        self.calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: tuple[Tensor, ...] = ()
+        self.outputs: tuple[Tensor, ...] = ()
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        self.calls += 1
+        if self.calls <= WARM:
+            here = torch.cuda.current_stream()
+            self.stream.wait_stream(here)
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*inputs)
+            here.wait_stream(self.stream)
+            return outputs
+        if self.graph is None:
+            self.inputs = tuple(tensor.clone() for tensor in inputs)
+            self.graph = torch.cuda.CUDAGraph()
+            # Only this thread records: another may be writing a checkpoint.
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.outputs = self.function(*self.inputs)
+        torch._foreach_copy_(list(self.inputs), list(inputs), non_blocking=True)
+        self.graph.replay()
+        return self.outputs
+
+
+class Step:
+    """A step of a module (what a step calls: a model, or what spreads it over ranks) by an optimiser.
+
+    With config.record and a whole model on a GPU both halves are recorded.
+    """
+
+    def __init__(self, module: nn.Module, optimiser: Optimiser, loss: Loss, config: TrainConfig) -> None:
+        self.module, self.optimiser, self.loss, self.config = module, optimiser, loss, config
+        first = optimiser.parameters[0]
+        self.device = first.device
+        recorded = config.record and first.is_cuda and optimiser.alone
+        self._recorded = (Recorded(self._gradients), Recorded(self._move)) if recorded else None
+        self._places: list[Tensor] = []
+        self._plain = True
+
+    def gradients(self, batch: Batch, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a batch on the device, clipped: its mean loss and the norm that the gradients had.
+
+        slots: the tailors that it trains, on the host. Gradients are the means over all ranks, the loss is this one's.
+        """
+        self._plain = self._recorded is None or (not len(slots) and bool(self.optimiser.tailors.banks))
+        fixed = self.config.compile or self._recorded is not None
+        places = self.optimiser.places(slots, len(batch.ids_B) if fixed else 0)
+        self._places = [tensor.to(self.device, non_blocking=True) for tensor in places]
+        run = self._gradients if self._plain or self._recorded is None else self._recorded[0]
+        loss, norm = run(*batch, *self._places)
+        return loss, norm
+
+    def move(self, factor: float, slots: Tensor, ids: Tensor) -> None:
+        """Along the gradients, at `factor` times the peak learning rates; slots and ids (each once) as in Optimiser."""
+        if self._plain or self._recorded is None:
+            self.optimiser.step(factor=factor, slots=slots, ids=ids)
+            return
+        ids = torch.cat([ids, ids[:1].expand(self.config.batch - len(ids))])  # of one shape
+        if self._places:
+            slots = self._places[0]
+        inputs = (torch.tensor(factor), slots, ids)
+        self._recorded[1](*(tensor.to(self.device, non_blocking=True) for tensor in inputs))
+
+    def _gradients(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        batch, places = Batch(*tensors[: len(Batch._fields)]), tensors[len(Batch._fields) :]
+        with self.optimiser.at_places(*places):
+            loss = self._loss(batch)
+        return loss, whole(self.optimiser.clip(self.config.clip))
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """The mean loss of a batch; its gradients are added to the parameters'."""
+        config, device = self.config, self.device
+        total = torch.zeros((), device=device)
+        parts = [
+            Batch(*tensors) for tensors in zip(*(t.chunk(config.accumulate) for t in batch), strict=True)
+        ]
+        for part in parts:
+            with (
+                unshared(self.module, part is not parts[-1]),
+                torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"),
+            ):
+                per_sample = self.loss(
+                    lambda x, t, part=part: self.module(x, t, part.ids_B, part.gate_ids_B),  # type: ignore[misc]
+                    part.x_BCHW, part.noise_BCHW, part.u_B,
+                )  # fmt: skip
+                loss = per_sample.mean() / len(parts)
+            with unshared(self.module, part is not parts[-1]):
+                loss.backward()
+            total = total + loss.detach()
+        return total
+
+    def _move(self, factor: Tensor, slots: Tensor, ids: Tensor) -> tuple[()]:
+        self.optimiser.step(factor=factor, slots=slots, ids=ids)
+        return ()
