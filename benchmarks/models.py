@@ -4,6 +4,7 @@
     python benchmarks/models.py sampling    one guided step of 8 images: recombined models, merged, others
     python benchmarks/models.py gpu         steps of DiT-B/2 and L/2 at batch 64 to 256, bf16, compiled and
                                             recorded as CUDA graphs (needs a GPU)
+    python benchmarks/models.py profile     where the time of a step goes, operation by operation (compiled on a GPU)
 
 Against our dense DiT: components (N_G = width / 4, N_T = 4, 150 classes), diffusers' DiTTransformer2DModel of the
 same shape, our dense DiT with peft's LoRA beside its frozen weights (rank width / 8), and on DiT-S the rank mask of
@@ -37,7 +38,7 @@ from kindiff.evaluate.cost import closed_macs
 from kindiff.models import DiT
 from kindiff.train.memory import activations
 from kindiff.train.optimiser import Optimiser
-from kindiff.train.step import Recorded, Step
+from kindiff.train.step import WARM, Recorded, Step
 
 CLASSES = 150
 torch._dynamo.config.recompile_limit = 64  # all blocks of all variants count together
@@ -45,7 +46,7 @@ torch._dynamo.config.recompile_limit = 64  # all blocks of all variants count to
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    part: tyro.conf.Positional[Literal["steps", "sampling", "gpu", "peak"]]
+    part: tyro.conf.Positional[Literal["steps", "sampling", "gpu", "profile", "peak"]]
     """What to measure (peak: the memory of one variant, used by steps)."""
     rounds: int = 6
     """Rounds; each runs every variant once."""
@@ -62,7 +63,7 @@ class Args:
     variant: str = "kind"
     """Of peak."""
     variants: tuple[str, ...] = ("dense", "kind", "diffusers", "LoRA")
-    """Of gpu."""
+    """Of gpu and profile."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Of peak."""
     out: Path | None = None
@@ -155,7 +156,7 @@ def step_run(
         other.step()
         return ()
 
-    return Recorded(plain) if recorded else plain
+    return Recorded(plain, device) if recorded else plain
 
 
 def compile_blocks(model: nn.Module) -> None:
@@ -316,6 +317,35 @@ def gpu(args: Args, device: torch.device) -> list[dict[str, Any]]:
     return rows
 
 
+def profile(args: Args, device: torch.device) -> list[dict[str, Any]]:
+    """The operations of a step that take longest by themselves, of one variant after the other."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    gpu_, rows = device.type == "cuda", []
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    for name in (args.model,) if args.model else ("DiT-S", "DiT-B"):
+        for label in args.variants:
+            model = make(name, label)
+            config = model_pair(name, CLASSES, depth=1)[0].config
+            run = step_run(model, config, args.batch, dtype, device, compiled=gpu_)
+            alternate({label: run}, 1, device)
+            with profiled(activities=[ProfilerActivity.CUDA if gpu_ else ProfilerActivity.CPU]) as found:
+                alternate({label: run}, args.rounds, device)
+            rounds = args.rounds + (WARM + 2 if gpu_ else 2)
+            times = {
+                e.key: (e.self_device_time_total if gpu_ else e.self_cpu_time_total) / 1e3 / rounds
+                for e in found.key_averages()
+            }
+            total, largest = sum(times.values()), sorted(times.items(), key=lambda pair: -pair[1])[:25]
+            print(f"{name}/2 {label}, {args.batch} images, {args.precision}: {total:.1f} ms a step")
+            for key, time in largest:
+                print(f"    {time:8.2f} ms {time / total:6.1%}  {key[:90]}", flush=True)
+            rows.append({"what": f"{name}/2", "variant": label, "dtype": args.precision, "milliseconds": total}
+                        | {"operations": dict(largest)})  # fmt: skip
+    return rows
+
+
 def card_limits(device: torch.device) -> tuple[float, float]:
     """bf16 operations a second of a large square product, and bytes a second of a copy."""
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -330,7 +360,7 @@ def main(args: Args) -> None:
     if args.part == "peak":
         peak(args, device)
         return
-    rows = {"steps": steps, "sampling": sampling, "gpu": gpu}[args.part](args, device)
+    rows = {"steps": steps, "sampling": sampling, "gpu": gpu, "profile": profile}[args.part](args, device)
     name = f"models-{args.part}{'-compiled' if args.compile else ''}"
     save(name, device, args.out, rows=rows, batch=args.batch, rounds=args.rounds)
 

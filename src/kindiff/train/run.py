@@ -35,7 +35,7 @@ GROUPS = {"model", "ema", "optimiser", "log"}
 # The windows that a run has left out are on record (rollbacks.json), so its limit and their length may change.
 FREE = (
     "workers", "save_every", "log_every", "tensorboard", "device", "rollbacks", "skip_window", "parallel",
-    "accumulate", "recompute", "checkpoints",
+    "accumulate", "recompute", "record", "checkpoints",
 )  # fmt: skip
 
 LOCK = "run.lock"

@@ -27,9 +27,9 @@ class Recorded:
     Its inputs must keep their shapes. The results of a replay stand in the same tensors as those of the one before.
     """
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
-        self.function = function
-        self.stream = torch.cuda.Stream()
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], device: torch.device) -> None:
+        self.function, self.device = function, device
+        self.stream = torch.cuda.Stream(device)
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: tuple[Tensor, ...] = ()
@@ -37,21 +37,22 @@ class Recorded:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         self.calls += 1
-        if self.calls <= WARM:
-            here = torch.cuda.current_stream()
-            self.stream.wait_stream(here)
-            with torch.cuda.stream(self.stream):
-                outputs = self.function(*inputs)
-            here.wait_stream(self.stream)
-            return outputs
-        if self.graph is None:
-            self.inputs = tuple(tensor.clone() for tensor in inputs)
-            self.graph = torch.cuda.CUDAGraph()
-            # Only this thread records: another may be writing a checkpoint.
-            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-                self.outputs = self.function(*self.inputs)
-        torch._foreach_copy_(list(self.inputs), list(inputs), non_blocking=True)
-        self.graph.replay()
+        with torch.cuda.device(self.device):
+            if self.calls <= WARM:
+                here = torch.cuda.current_stream()
+                self.stream.wait_stream(here)
+                with torch.cuda.stream(self.stream):
+                    outputs = self.function(*inputs)
+                here.wait_stream(self.stream)
+                return outputs
+            if self.graph is None:
+                self.inputs = tuple(tensor.clone() for tensor in inputs)
+                self.graph = torch.cuda.CUDAGraph()
+                # Only this thread records: another may be writing a checkpoint.
+                with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+                    self.outputs = self.function(*self.inputs)
+            torch._foreach_copy_(list(self.inputs), list(inputs), non_blocking=True)
+            self.graph.replay()
         return self.outputs
 
 
@@ -66,7 +67,9 @@ class Step:
         first = optimiser.parameters[0]
         self.device = first.device
         recorded = config.record and first.is_cuda and optimiser.alone
-        self._recorded = (Recorded(self._gradients), Recorded(self._move)) if recorded else None
+        self._recorded = (
+            tuple(Recorded(half, self.device) for half in (self._gradients, self._move)) if recorded else None
+        )
         self._places: list[Tensor] = []
         self._plain = True
 
