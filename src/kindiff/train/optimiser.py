@@ -48,11 +48,13 @@ class RowAdam:
         rows: each once, or again and again, so that shapes stay the same; it takes one step. apart: the banks' rows as
         tensors of their own, the named ones first; they move with the banks.
         """
-        if not len(rows) or not self.banks:
+        if not self.banks:
             return
         rows = rows.to(self.steps_S.device)
         if len(self.steps_S) < self.rows:  # this rank's
             rows = rows[(rows >= self.first) & (rows < self.first + len(self.steps_S))] - self.first
+        if not len(rows):
+            return
         count = len(rows)
         first = (rows.unsqueeze(1) == rows).int().argmax(dim=1)
         found = (
