@@ -21,7 +21,7 @@ from kindiff.config import PretrainConfig
 from kindiff.data import open_prepared
 from kindiff.data.batches import batches
 from kindiff.data.prepared import ImageSet
-from kindiff.errors import BadFileError
+from kindiff.errors import BadFileError, UsageError
 from kindiff.train import pretrain
 from kindiff.train.run import GROUPS, _read
 from toys import assert_same_tensors, files_of, no_file_longer_than, start, toy, toy_arguments, write_shapes
@@ -338,3 +338,20 @@ def test_a_run_is_locked_against_a_second_process(tmp_path: Path, capsys) -> Non
     other.kill()
     other.communicate()
     assert main(arguments) == 0
+
+
+def test_a_run_of_a_version_with_fewer_settings_goes_on(
+    short_run: Path, shapes: Path, tmp_path: Path
+) -> None:
+    """A setting that run.json does not know had its default, and nothing else."""
+    run = tmp_path / "run"
+    shutil.copytree(short_run, run)
+    written = json.loads((run / "run.json").read_text())
+    for key, section in (("compile", "train"), ("clip", "train"), ("null_gate", "objective")):
+        del written["description"]["config"][section][key]
+    (run / "run.json").write_text(json.dumps(written))
+    assert_same_tensors(
+        pretrain(toy(shapes), run).model.state_dict(), pretrain(toy(shapes), short_run).model.state_dict()
+    )
+    with pytest.raises(UsageError, match="holds a run with other settings"):
+        pretrain(toy(shapes, clip=0.5), run)

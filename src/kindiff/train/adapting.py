@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kindiff import checkpoint
 from kindiff.components import load_autoencoder
-from kindiff.config import AdaptConfig, ObjectiveConfig, RivalConfig, to_dict
+from kindiff.config import AdaptConfig, ObjectiveConfig, RivalConfig
 from kindiff.data import open_samples
 from kindiff.data.sets import SampleSet
 from kindiff.errors import UsageError
@@ -42,7 +42,7 @@ def adapt(
         check_fit(base.config, samples, what="base was")
         description = {
             "command": "adapt",
-            "config": to_dict(config),
+            "config": config,
             "data": samples.sha256,
             "base": checkpoint.hash_tensors(base.state_dict()),
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kindiff.config import PretrainConfig, to_dict
+from kindiff.config import PretrainConfig
 from kindiff.data import open_samples
 from kindiff.data.sets import SampleSet
 from kindiff.models.dit import DiT
@@ -42,7 +42,7 @@ def pretrain(config: PretrainConfig, out: str | Path) -> DiTPipeline:
     with joined() as ranks:
         samples = ranks.in_turn(lambda: open_samples(config.data))
         model = new_model(config, samples)
-        description = {"command": "pretrain", "config": to_dict(config), "data": samples.sha256}
+        description = {"command": "pretrain", "config": config, "data": samples.sha256}
         with Run(Path(out), description | {"init": init_hash(config)}, ranks) as run:
             if not run.finished:
                 trained = fit(model, samples, config.objective, config.train, run, config.data.flip)

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from kindiff import checkpoint, runtime
+from kindiff.config import from_dict, to_dict
 from kindiff.errors import BadFileError, UsageError
 from kindiff.parallel import ALONE, Ranks
 from kindiff.progress import say
@@ -50,7 +52,7 @@ class Run:
     """
 
     def __init__(self, folder: Path, description: dict[str, Any], ranks: Ranks = ALONE) -> None:
-        """description: plain values that determine the result.
+        """description: what determines the result, in plain values; `config` may be the config itself.
 
         UsageError when the folder holds another run, or another process trains it.
         """
@@ -69,9 +71,13 @@ class Run:
             os.close(self._locked)
 
     def _open(self, description: dict[str, Any]) -> None:
-        path = self.folder / "run.json"
+        path, config = self.folder / "run.json", description.get("config")
+        if is_dataclass(config):
+            description = description | {"config": to_dict(config)}
         if path.is_file():
             before = checkpoint.read_json(path).get("description")
+            if is_dataclass(config):
+                before = _with_defaults(before, type(config))
             if difference := _difference(before, description):
                 raise UsageError(
                     f"{self.folder} holds a run with other settings ({difference}); use another folder, or the "
@@ -276,6 +282,14 @@ def _step_of(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, OverflowError):
         return 2**62  # a line cut short by a kill
+
+
+def _with_defaults(before: Any, cls: type) -> Any:
+    """A description from an earlier version, which did not know all of today's settings, with their defaults."""
+    try:
+        return before | {"config": to_dict(from_dict(cls, before["config"]))}
+    except (UsageError, TypeError, KeyError):
+        return before  # not such a config: it differs
 
 
 def _difference(before: Any, after: Any, where: str = "") -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from kindiff.components import Components, load_autoencoder, load_components
-from kindiff.config import DiTConfig, ObjectiveConfig, TransferConfig, to_dict
+from kindiff.config import DiTConfig, ObjectiveConfig, TransferConfig
 from kindiff.data import open_samples
 from kindiff.data.sets import SampleSet
 from kindiff.diffusion import loss_of
@@ -40,7 +40,7 @@ def transfer(parts_directory: str | Path, config: TransferConfig, out: str | Pat
         check_fit(parts.config, samples)
         description = {
             "command": "transfer",
-            "config": to_dict(config),
+            "config": config,
             "data": samples.sha256,
             "learngenes": parts.learngene_hash,
         }
