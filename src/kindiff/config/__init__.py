@@ -3,7 +3,7 @@
 Every field's docstring is its help text on the command line. A part receives its own config, never the whole.
 """
 
-from kindiff.config.reading import from_dict, load_recipe, to_dict
+from kindiff.config.reading import from_dict, load_recipe, to_dict, with_defaults
 from kindiff.config.rivals import AdaptConfig, RivalConfig
 from kindiff.config.runs import (
     DataConfig,
@@ -46,4 +46,5 @@ __all__ = [
     "from_dict",
     "load_recipe",
     "to_dict",
+    "with_defaults",
 ]

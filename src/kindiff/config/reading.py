@@ -76,6 +76,17 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def with_defaults(values: Any, cls: type) -> Any:
+    """A config's plain values from an earlier version, with the defaults of settings that it did not know.
+
+    As they are where they cannot be read as such a config.
+    """
+    try:
+        return to_dict(from_dict(cls, values))
+    except (UsageError, TypeError):
+        return values
+
+
 def load_recipe(path: Path, cls: type[T]) -> T:
     """A recipe (TOML) as a config of type cls; UsageError names the file and the key."""
     try:

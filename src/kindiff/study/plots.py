@@ -41,8 +41,14 @@ def plot(records: Sequence[Record], folder: Path) -> list[Path]:
             "inference, million MACs an image": [row.gmacs * 1000 for row in own],
         }
         differ = {label: x for label, x in costs.items() if len(set(x)) > 1} or costs
+        height = max(4.5, 0.18 * len(own) + 0.8)  # room for the legend's lines
         figure, panels = plt.subplots(
-            1, len(differ), figsize=(6 * len(differ), 4.5), layout="constrained", sharey=True, squeeze=False
+            1,
+            len(differ),
+            figsize=(6 * len(differ), height),
+            layout="constrained",
+            sharey=True,
+            squeeze=False,
         )
         axes = panels[0]
         for axis, (label, x) in zip(axes, differ.items(), strict=True):

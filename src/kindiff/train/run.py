@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from kindiff import checkpoint, runtime
-from kindiff.config import from_dict, to_dict
+from kindiff.config import to_dict, with_defaults
 from kindiff.errors import BadFileError, UsageError
 from kindiff.parallel import ALONE, Ranks
 from kindiff.progress import say
@@ -76,8 +76,8 @@ class Run:
             description = description | {"config": to_dict(config)}
         if path.is_file():
             before = checkpoint.read_json(path).get("description")
-            if is_dataclass(config):
-                before = _with_defaults(before, type(config))
+            if is_dataclass(config) and isinstance(before, dict):
+                before = before | {"config": with_defaults(before.get("config"), type(config))}
             if difference := _difference(before, description):
                 raise UsageError(
                     f"{self.folder} holds a run with other settings ({difference}); use another folder, or the "
@@ -282,14 +282,6 @@ def _step_of(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, OverflowError):
         return 2**62  # a line cut short by a kill
-
-
-def _with_defaults(before: Any, cls: type) -> Any:
-    """A description from an earlier version, which did not know all of today's settings, with their defaults."""
-    try:
-        return before | {"config": to_dict(from_dict(cls, before["config"]))}
-    except (UsageError, TypeError, KeyError):
-        return before  # not such a config: it differs
 
 
 def _difference(before: Any, after: Any, where: str = "") -> str:
