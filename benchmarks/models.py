@@ -38,7 +38,7 @@ from kindiff.evaluate.cost import closed_macs
 from kindiff.models import DiT
 from kindiff.train.memory import activations
 from kindiff.train.optimiser import Optimiser
-from kindiff.train.step import WARM, Recorded, Step
+from kindiff.train.step import Recorded, Step
 
 CLASSES = 150
 torch._dynamo.config.recompile_limit = 64  # all blocks of all variants count together
@@ -65,7 +65,7 @@ class Args:
     variants: tuple[str, ...] = ("dense", "kind", "diffusers", "LoRA")
     """Of gpu and profile."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Of peak."""
+    """Of peak and profile."""
     out: Path | None = None
     """Where the JSON goes."""
 
@@ -329,12 +329,14 @@ def profile(args: Args, device: torch.device) -> list[dict[str, Any]]:
             model = make(name, label)
             config = model_pair(name, CLASSES, depth=1)[0].config
             run = step_run(model, config, args.batch, dtype, device, compiled=gpu_)
-            alternate({label: run}, 1, device)
+            run()  # compiles, makes the moments
             with profiled(activities=[ProfilerActivity.CUDA if gpu_ else ProfilerActivity.CPU]) as found:
-                alternate({label: run}, args.rounds, device)
-            rounds = args.rounds + (WARM + 2 if gpu_ else 2)
+                for _ in range(args.rounds):
+                    run()
+                if gpu_:
+                    torch.cuda.synchronize()
             times = {
-                e.key: (e.self_device_time_total if gpu_ else e.self_cpu_time_total) / 1e3 / rounds
+                e.key: (e.self_device_time_total if gpu_ else e.self_cpu_time_total) / 1e3 / args.rounds
                 for e in found.key_averages()
             }
             total, largest = sum(times.values()), sorted(times.items(), key=lambda pair: -pair[1])[:25]

@@ -22,3 +22,9 @@ def test_every_table_is_what_its_command_prints(tmp_path) -> None:
     other = tmp_path / "results.md"
     other.write_text(text.replace("| full fine-tuning |", "| full fine-tuning, better |", 1))
     assert fill("--check", str(other)).returncode == 1  # a figure that no command makes is found
+
+
+def test_no_record_names_a_place_of_one_machine() -> None:
+    records = list(ROOT.glob("studies/*/results/*.json"))
+    assert records
+    assert [path.name for path in records if '"/' in path.read_text()] == []

@@ -11,6 +11,7 @@ from kindiff.components import decompose, save_components
 from kindiff.config import TrainConfig
 from kindiff.models import DiT
 from kindiff.study.config import RecombineConfig
+from kindiff.study.cells import Bench
 from kindiff.study.recombined import cut, smaller
 from kindiff.train import pretrain
 from toys import toy, write_shapes
@@ -99,3 +100,14 @@ def test_some_of_the_classes(base, tmp_path) -> None:
     with torch.no_grad():
         ours, its = model.eval()(x, t, torch.tensor([0, 1])), whole.eval()(x, t, torch.tensor([1, 2]))
     torch.testing.assert_close(ours, its)
+
+
+def test_paths_in_records_are_relative_to_the_working_folder(tmp_path) -> None:
+    bench = Bench(study=None, work=tmp_path, features=None, device="cpu")
+    values = {
+        "config": {"init": str(tmp_path / "sizes" / "cell--start"), "source": "avatars:base"},
+        "steps": 3,
+    }
+    assert bench._portable(values) == {
+        "config": {"init": "sizes/cell--start", "source": "avatars:base"}, "steps": 3,
+    }  # fmt: skip

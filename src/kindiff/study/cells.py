@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from kindiff import runtime
 from kindiff.checkpoint import read_json, sha256
@@ -139,7 +140,7 @@ class Bench:
             family=method.family,
             budget=method.budget,
             base=method.base,
-            config=to_dict(recipe),
+            config=self._portable(to_dict(recipe)),
             trainable=read_json(folder / "parameters.json")["trainable"] if trained else 0,
             parameters=cost.parameters,
             gmacs=cost.macs / 1e9,
@@ -151,7 +152,7 @@ class Bench:
             provenance={
                 "versions": runtime.versions(),
                 "hardware": runtime.hardware(),
-                "run": read_json(folder / "run.json")["description"] if trained else {},
+                "run": self._portable(read_json(folder / "run.json")["description"]) if trained else {},
                 "base": sha256(base / "model" / "model.safetensors"),
                 "test": to_dict(task.test),
                 "validation": to_dict(task.validation),
@@ -162,6 +163,11 @@ class Bench:
         if failed:
             return record
         return replace(record, validation=Figures.of(self.score(record, "validation")))
+
+    def _portable(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The same with paths inside the working folder relative to it, as a record has them."""
+        inside = json.dumps(f"{self.work}/")[1:-1]
+        return json.loads(json.dumps(values).replace(f'"{inside}', '"'))  # type: ignore[no-any-return]
 
     def score(self, record: Record, which: str) -> Score:
         """Draw from a finished cell and compare with its task's validation or test images."""

@@ -51,7 +51,8 @@ class Recorded:
                 # Only this thread records: another may be writing a checkpoint.
                 with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                     self.outputs = self.function(*self.inputs)
-            torch._foreach_copy_(list(self.inputs), list(inputs), non_blocking=True)
+            for own, given in zip(self.inputs, inputs, strict=True):
+                own.copy_(given, non_blocking=True)
             self.graph.replay()
         return self.outputs
 
@@ -71,31 +72,32 @@ class Step:
             tuple(Recorded(half, self.device) for half in (self._gradients, self._move)) if recorded else None
         )
         self._places: list[Tensor] = []
-        self._plain = True
+        self._replay: tuple[Recorded, ...] | None = None
+        """What this step is done by, if not plainly: a batch without any tailor is."""
 
     def gradients(self, batch: Batch, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Of a batch on the device, clipped: its mean loss and the norm that the gradients had.
 
         slots: the tailors that it trains, on the host. Gradients are the means over all ranks, the loss is this one's.
         """
-        self._plain = self._recorded is None or (not len(slots) and bool(self.optimiser.tailors.banks))
+        self._replay = self._recorded if len(slots) or not self.optimiser.tailors.banks else None
         fixed = self.config.compile or self._recorded is not None
         places = self.optimiser.places(slots, len(batch.ids_B) if fixed else 0)
         self._places = [tensor.to(self.device, non_blocking=True) for tensor in places]
-        run = self._gradients if self._plain or self._recorded is None else self._recorded[0]
+        run = self._gradients if self._replay is None else self._replay[0]
         loss, norm = run(*batch, *self._places)
         return loss, norm
 
     def move(self, factor: float, slots: Tensor, ids: Tensor) -> None:
         """Along the gradients, at `factor` times the peak learning rates; slots and ids (each once) as in Optimiser."""
-        if self._plain or self._recorded is None:
+        if self._replay is None:
             self.optimiser.step(factor=factor, slots=slots, ids=ids)
             return
         ids = torch.cat([ids, ids[:1].expand(self.config.batch - len(ids))])  # of one shape
         if self._places:
             slots = self._places[0]
         inputs = (torch.tensor(factor), slots, ids)
-        self._recorded[1](*(tensor.to(self.device, non_blocking=True) for tensor in inputs))
+        self._replay[1](*(tensor.to(self.device, non_blocking=True) for tensor in inputs))
 
     def _gradients(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         batch, places = Batch(*tensors[: len(Batch._fields)]), tensors[len(Batch._fields) :]
