@@ -10,8 +10,8 @@ import torch
 from kindiff.components import decompose, save_components
 from kindiff.config import TrainConfig
 from kindiff.models import DiT
-from kindiff.study.config import RecombineConfig
 from kindiff.study.cells import Bench
+from kindiff.study.config import RecombineConfig
 from kindiff.study.recombined import cut, smaller
 from kindiff.train import pretrain
 from toys import toy, write_shapes
