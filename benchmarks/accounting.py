@@ -37,6 +37,7 @@ RIVALS = {
     "LoKr, rank {r}": RivalConfig(method="lokr", rank=102),
     "VeRA, rank {r}": RivalConfig(method="vera", rank=1024),
     "HRA, {r} reflections": RivalConfig(method="hra", rank=204),
+    "class embedding alone": RivalConfig(method="embedding"),
     "SVDiff": RivalConfig(method="svdiff"),
     "Heur-LG, Auto-LG, TLEG, FINE, WAVE": RivalConfig(method="heur-lg", inherit=1),
 }

@@ -60,6 +60,9 @@ def lokr_count(o: int, i: int) -> int:
 CASES = {
     "scratch": Case(rival=RivalConfig(method="scratch"), trains=".*"),
     "full": Case(rival=RivalConfig(method="full"), trains=".*"),
+    "embedding": Case(
+        rival=RivalConfig(method="embedding"), trains=r"class_embed\.weight", count=lambda o, i: 0
+    ),
     "lora": lora("lora"),
     "lora-alpha": lora("lora", alpha=12.0),
     "pissa": lora("pissa"),

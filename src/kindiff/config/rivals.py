@@ -10,13 +10,13 @@ from kindiff.config.runs import DataConfig, TrainConfig
 from kindiff.errors import UsageError
 
 RivalMethod = Literal[
-    "scratch", "full", "lora", "dora", "pissa", "oft", "boft", "loha", "lokr", "vera", "hra", "svdiff",
+    "scratch", "full", "embedding", "lora", "dora", "pissa", "oft", "boft", "loha", "lokr", "vera", "hra", "svdiff",
     "heur-lg", "auto-lg", "tleg", "fine", "wave",
 ]  # fmt: skip
 
 # The settings that each method reads; the others must stay at their defaults.
 SETTINGS: dict[str, tuple[str, ...]] = {
-    "scratch": (), "full": (), "svdiff": (), "tleg": (), "wave": (),
+    "scratch": (), "full": (), "embedding": (), "svdiff": (), "tleg": (), "wave": (),
     "lora": ("rank", "alpha"), "dora": ("rank", "alpha"), "pissa": ("rank", "alpha"),
     "loha": ("rank", "alpha"), "lokr": ("rank", "alpha"),
     "oft": ("rank",), "boft": ("rank",), "vera": ("rank",), "hra": ("rank",),
@@ -29,7 +29,8 @@ class RivalConfig:
     """A method that teaches a dense model new classes. A setting that the method does not use is an error."""
 
     method: RivalMethod = "lora"
-    """scratch, full: the whole network, from random weights or the base's. lora .. hra: peft's tuners on the six
+    """scratch, full: the whole network, from random weights or the base's. embedding: the class embedding alone, the
+    least there is (textual inversion's idea, Gal et al. 2023). lora .. hra: peft's tuners on the six
     matrices of every block. svdiff: their singular values. heur-lg .. wave: other learngene methods
     (docs/rivals.md)."""
     rank: int = 8

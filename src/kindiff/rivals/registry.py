@@ -13,6 +13,7 @@ from kindiff.rivals.base import Rival, densified, for_classes
 RIVALS: dict[str, Rival] = {
     "scratch": whole.SCRATCH,
     "full": whole.FULL,
+    "embedding": whole.EMBEDDING,
     "lora": tuners.LORA,
     "dora": tuners.DORA,
     "pissa": tuners.PISSA,
