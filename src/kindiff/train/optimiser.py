@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from kindiff.components.fused import TRITON
 from kindiff.components.gates import TableGate
@@ -63,27 +64,41 @@ class RowAdam:
             else [_gradient(own)[:count] for own in apart]
         )
         gradient = torch.cat([g.flatten(1) for g in found], dim=1)
-        self.steps_S[rows] += 1
-        if gradient.is_cuda and TRITON:
-            from kindiff.train.kernels import adam_rows_
-
-            rate = lr if isinstance(lr, Tensor) else torch.full((), lr, device=rows.device)
-            change = adam_rows_(
-                gradient, self.mean_SP, self.square_SP, self.steps_S, rows, first, rate, BETAS, EPS
-            )
-        else:
-            gradient = gradient[first]
-            steps = self.steps_S[rows].unsqueeze(1)
-            mean = self.mean_SP[rows].lerp(gradient, 1 - BETAS[0])
-            square = self.square_SP[rows].lerp(gradient.square(), 1 - BETAS[1])
-            self.mean_SP[rows], self.square_SP[rows] = mean, square
-            change = mean / (1 - BETAS[0] ** steps) / ((square / (1 - BETAS[1] ** steps)).sqrt() + EPS) * lr
+        change = self._change(gradient, rows, first, lr)
         held = [local(bank) for bank in self.banks]
         values = [bank[rows] for bank in held] if apart is None else [own[:count] for own in apart]
         pieces = change.split([bank.shape[1:].numel() for bank in held], dim=1)
         torch._foreach_sub_(values, [p.view_as(v) for p, v in zip(pieces, values, strict=True)])
         for bank, value in zip(held, values, strict=True):
             bank.index_copy_(0, rows, value)
+
+    def _change(self, gradient_nP: Tensor, rows_n: Tensor, first_n: Tensor, lr: float | Tensor) -> Tensor:
+        """What is to be taken from the named rows, (n, P); their moments and counts move on. One pass over memory.
+
+        first_n: where each row is named first; that gradient counts.
+        """
+        if gradient_nP.is_cuda and TRITON:
+            from kindiff.train.kernels import adam_rows_
+
+            self.steps_S[rows_n] += 1
+            rate = lr if isinstance(lr, Tensor) else torch.full((), lr, device=rows_n.device)
+            return adam_rows_(
+                gradient_nP, self.mean_SP, self.square_SP, self.steps_S, rows_n, first_n, rate, BETAS, EPS
+            )
+        change_nP = torch.zeros_like(gradient_nP)
+        place_of = dict(zip(rows_n.tolist(), first_n.tolist(), strict=True))
+        adam(  # each row as a parameter of its own, since each has its own count
+            params=[change_nP[place] for place in place_of.values()],
+            grads=[gradient_nP[place] for place in place_of.values()],
+            exp_avgs=[self.mean_SP[row] for row in place_of],
+            exp_avg_sqs=[self.square_SP[row] for row in place_of],
+            max_exp_avg_sqs=[],
+            state_steps=[self.steps_S[row] for row in place_of],
+            fused=True, amsgrad=False, maximize=False, weight_decay=0.0,
+            beta1=BETAS[0], beta2=BETAS[1], eps=EPS, lr=lr,
+        )  # fmt: skip
+        change_nP.neg_()
+        return change_nP if len(place_of) == len(rows_n) else change_nP[first_n]
 
     def tensors(self) -> dict[str, Tensor]:
         state = {"mean": self.mean_SP, "square": self.square_SP, "steps": self.steps_S}

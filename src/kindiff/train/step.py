@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from kindiff.components.fused import TRITON
 from kindiff.config import TrainConfig
 from kindiff.data.batches import Batch
 from kindiff.diffusion import Loss
@@ -60,14 +61,14 @@ class Recorded:
 class Step:
     """A step of a module (what a step calls: a model, or what spreads it over ranks) by an optimiser.
 
-    With config.record and a whole model on a GPU both halves are recorded.
+    With config.record, a whole model on a GPU and Triton both halves are recorded.
     """
 
     def __init__(self, module: nn.Module, optimiser: Optimiser, loss: Loss, config: TrainConfig) -> None:
         self.module, self.optimiser, self.loss, self.config = module, optimiser, loss, config
         first = optimiser.parameters[0]
         self.device = first.device
-        recorded = config.record and first.is_cuda and optimiser.alone
+        recorded = config.record and first.is_cuda and optimiser.alone and TRITON
         self._recorded = (
             tuple(Recorded(half, self.device) for half in (self._gradients, self._move)) if recorded else None
         )
