@@ -189,6 +189,18 @@ def test_new_tailors_start_from_the_learngenes_and_train_alone(kind_model: DiT, 
     assert both.recombine(["owl", "ant"]).structure["tailor_rank"] == 4
 
 
+def test_a_tailor_in_some_matrices_stays_whole_among_tailors_in_all(kind_model: DiT, inputs) -> None:
+    parts = decompose(kind_model)
+    new = parts.with_new_tailors(["owl"], rank=2, targets=("o",))
+    for _, layer in new.named_matrices():
+        if layer.has_tailors:
+            torch.nn.init.normal_(layer.tailor_u)
+    both = parts.extended(decompose(new))
+    ids = torch.zeros(7, dtype=torch.int64)
+    x, t, _ = inputs
+    torch.testing.assert_close(both.recombine(["owl"])(x, t, ids), new(x, t, ids), rtol=0, atol=1e-5)
+
+
 def test_nearest_start_copies_the_parent(kind_model: DiT, inputs) -> None:
     x, t, _ = inputs
     near = decompose(kind_model).with_new_tailors(["owl"], rank=5, nearest={"owl": "dog"})

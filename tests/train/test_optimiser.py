@@ -160,15 +160,22 @@ def test_moments_from_before_the_first_step_can_be_loaded(kind_model: DiT) -> No
 
 
 @pytest.mark.parametrize(
-    ("share", "init"), [("class", "fresh"), ("class", "nearest"), ("task", "fresh"), ("both", "nearest")]
+    ("share", "init", "trains"),
+    [
+        ("class", "fresh", "components"),
+        ("class", "nearest", "components"),
+        ("class", "nearest", "gate"),
+        ("task", "fresh", "components"),
+        ("both", "nearest", "components"),
+    ],
 )
-def test_transfer_leaves_the_learngenes_to_the_bit(tmp_path: Path, share, init) -> None:
+def test_transfer_leaves_the_learngenes_to_the_bit(tmp_path: Path, share, init, trains) -> None:
     source = write_shapes(tmp_path / "shapes")
     parts = decompose(pretrain(toy(source, steps=4), tmp_path / "run").model)
     save_components(parts, tmp_path / "parts")
     novel = write_shapes(tmp_path / "novel", NEW_SHAPES)
     config = TransferConfig(
-        data=DataConfig(source=str(novel), size=SIZE), rank=2, share=share, init=init,
+        data=DataConfig(source=str(novel), size=SIZE), rank=2, share=share, init=init, trains=trains,
         train=TrainConfig(steps=8, batch=6, lr=0.02, warmup=1, save_every=3, log_every=4, weight_decay=0.3),
     )  # fmt: skip
     taught = decompose(transfer(tmp_path / "parts", config, tmp_path / "transfer").model)
@@ -176,9 +183,14 @@ def test_transfer_leaves_the_learngenes_to_the_bit(tmp_path: Path, share, init) 
     assert taught.classes == NEW_SHAPES
     ring, cross = (taught.tailors[name] for name in NEW_SHAPES)
     assert all(tensor.any() for tensor in ring.values())
-    same = torch.equal(ring["blocks.0.q.u"], cross["blocks.0.q.u"])
+    same = torch.equal(ring["blocks.0.q.sigma"], cross["blocks.0.q.sigma"])
     assert same == (share == "task")
-    assert torch.equal(ring["blocks.0.q.u"][-2:], cross["blocks.0.q.u"][-2:]) == (share in ("task", "both"))
+    assert ("blocks.0.q.gate" in ring) == (trains == "gate")
+    last = [
+        torch.equal(ring[f"blocks.0.q.{leaf}"][-2:], cross[f"blocks.0.q.{leaf}"][-2:])
+        for leaf in ("u", "sigma")
+    ]
+    assert all(last) == (share in ("task", "both"))
     assert len(ring["blocks.0.q.u"]) == (4 if share == "both" else 2)
     assert not torch.equal(ring["class_embed"], cross["class_embed"])
     both = parts.extended(taught).recombine([*SHAPES[:1], *NEW_SHAPES])  # they still fit together

@@ -7,7 +7,8 @@ from kindiff.components.build import factorize
 from kindiff.components.files import load_autoencoder, load_components, load_tailor, save_components
 from kindiff.components.gates import SoftGate, TableGate
 from kindiff.components.linear import ComponentLinear
-from kindiff.components.parts import Components, decompose
+from kindiff.components.parts import Components
+from kindiff.components.split import decompose
 from kindiff.components.strategy import set_strategy_
 from kindiff.components.swap import Tailor, swap_tailor_
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kindiff.components.algebra import Factors
 from kindiff.components.linear import ComponentLinear
+from kindiff.config import Trains
 from kindiff.models.dit import DiT
 
 
@@ -18,32 +19,46 @@ def factors_of(tensors: Mapping[str, Tensor], matrix: str) -> Factors:
     return Factors(tensors[f"{matrix}.u"], tensors[f"{matrix}.sigma"], tensors[f"{matrix}.v"])
 
 
+def named_factors(matrix: str, factors: Factors) -> dict[str, Tensor]:
+    """A matrix's components as tensors of a part, copies."""
+    return {
+        f"{matrix}.u": factors.u.clone(),
+        f"{matrix}.sigma": factors.sigma.clone(),
+        f"{matrix}.v": factors.v.clone(),
+    }
+
+
 @torch.no_grad()
 def merge_(model: DiT) -> DiT:
     """A dense model of the single class, its tailor folded in; it has no class-agnostic part any more.
 
-    The new model takes over the tensors of the given one, whose learngenes are dense: no weight is held twice.
+    The new model takes over the tensors of the given one; where its learngenes are dense no weight is held twice.
     """
     assert model.gate is not None
     gating = model.gate(torch.zeros(1, dtype=torch.int64), model.class_embed.weight[:1])
-    for _, layer in model.named_matrices():
+    state = model.state_dict()
+    for name, layer in model.named_matrices():
         assert isinstance(layer, ComponentLinear)
-        layer.weight.copy_(layer.merged_weight(gating))
+        merged = layer.merged_weight(gating)
+        state[f"{name}.weight"] = merged if layer.rank is not None else layer.weight.copy_(merged)
     with torch.device("meta"):
         new = DiT(model.config, classes=model.classes)
-    state = model.state_dict()
     new.load_state_dict({name: state[name] for name in new.state_dict()}, assign=True)
     new.positions_TD = model.positions_TD
     return new
 
 
-def freeze_learngenes(model: DiT, train_also: tuple[Literal["bias", "final"], ...]) -> DiT:
-    """Only tailors, class embeddings and what `train_also` names require gradients; in place."""
+def freeze_learngenes(
+    model: DiT, train_also: tuple[Literal["bias", "final"], ...], trains: Trains = "components"
+) -> DiT:
+    """Only tailors (with trains="gate" their weights alone), class embeddings and what `train_also` names require
+    gradients; in place."""
+    weights = ("tailor_sigma", "tailor_gate")
     matrices = {name for name, _ in model.named_matrices()}
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
         parameter.requires_grad_(
-            leaf.startswith("tailor_")
+            (leaf in weights if trains == "gate" else leaf.startswith("tailor_"))
             or owner == "class_embed"
             or ("bias" in train_also and owner in matrices and leaf == "bias")
             or ("final" in train_also and name.startswith("final."))
@@ -51,11 +66,16 @@ def freeze_learngenes(model: DiT, train_also: tuple[Literal["bias", "final"], ..
     return model
 
 
-def fill_slot_(bank: Factors, slot: int, tailor: Mapping[str, Tensor], matrix: str) -> None:
+def fill_slot_(
+    bank: Factors, slot: int, tailor: Mapping[str, Tensor], matrix: str, gate_SR: Tensor | None = None
+) -> None:
     """Copy one class's components into a slot of a matrix's bank (u (S, N, O), sigma (S, N), v (S, N, I)).
 
-    A smaller tailor is padded with components of sigma zero.
+    A smaller tailor is padded with components of sigma zero. gate_SR: the slots' weights on the learngenes, where the
+    matrix has them; a tailor without leaves the learngenes as they are.
     """
+    if gate_SR is not None:
+        gate_SR[slot] = tailor.get(f"{matrix}.gate", 0.0)
     room = bank.sigma.shape[1]
     own = factors_of(tailor, matrix) if f"{matrix}.sigma" in tailor else None
     count = 0 if own is None else len(own.sigma)

@@ -37,6 +37,8 @@ class Structure:
     """Slots per sample of a table gate."""
     targets: tuple[str, ...] = MATRICES
     """The matrices that have tailors."""
+    gated: bool = False
+    """Each slot has weights of its own on the learngenes of those matrices."""
 
     def __post_init__(self) -> None:
         if min(self.tailor_rank, self.slots) < 0 or self.gate_width < 1 or (self.rank or 1) < 1:
@@ -45,6 +47,8 @@ class Structure:
             raise UsageError(f"a structure has ranks up to {2**14} and slots up to {2**21}, not {self}.")
         if unknown := set(self.targets) - set(MATRICES):
             raise UsageError(f"target {min(unknown)!r} is no matrix of a block; use {MATRICES}.")
+        if self.gated and self.rank is None:
+            raise UsageError("learngenes that are one dense weight have no components to weigh; use a rank.")
 
 
 def build(config: DiTConfig, classes: ClassSet, structure: dict[str, Any]) -> DiT:
@@ -63,6 +67,7 @@ def empty(config: DiTConfig, classes: ClassSet, structure: Structure) -> DiT:
             rank=structure.rank,
             slots=structure.slots,
             tailor_rank=structure.tailor_rank if matrix in structure.targets else 0,
+            gated=structure.gated,
         )
 
     gate: nn.Module = (

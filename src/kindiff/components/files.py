@@ -74,9 +74,7 @@ def load_components(directory: str | Path, classes: Iterable[str] | None = None)
     checkpoint.check_tensors(
         path, learngenes, _learngenes_wanted(config, description["learngene_rank"], listed)
     )
-    tailors = {
-        name: _read_tailor(folder, name, config, targets, description["learngenes"]) for name in wanted
-    }
+    tailors = {name: _read_tailor(folder, name, config, targets, description) for name in wanted}
     checkpoint.check_hash(path, learngenes, description["learngenes"])
     return Components(config, targets, learngenes, tailors)
 
@@ -90,7 +88,7 @@ def load_tailor(directory: str | Path, name: str) -> Tailor:
     description = _description(folder)
     ClassSet(tuple(description["classes"])).id(name)
     config = from_dict(DiTConfig, description["model"])
-    tensors = _read_tailor(folder, name, config, tuple(description["targets"]), description["learngenes"])
+    tensors = _read_tailor(folder, name, config, tuple(description["targets"]), description)
     return Tailor(name, tensors, description["learngenes"])
 
 
@@ -132,8 +130,9 @@ def _learngenes_wanted(config: DiTConfig, rank: int, classes: ClassSet) -> dict[
 
 
 def _read_tailor(
-    folder: Path, name: str, config: DiTConfig, targets: tuple[str, ...], learngenes: str
+    folder: Path, name: str, config: DiTConfig, targets: tuple[str, ...], description: dict[str, Any]
 ) -> dict[str, Tensor]:
+    learngenes, learngene_rank = description["learngenes"], description["learngene_rank"]
     path = folder / "tailors" / f"{name}.safetensors"
     with checkpoint.open_tensors(path) as file:
         metadata = file.metadata() or {}
@@ -150,6 +149,8 @@ def _read_tailor(
             rank = tensors.get(f"{key}.sigma", torch.empty(0)).numel()
             for leaf, shape in (("u", (rank, features_out)), ("sigma", (rank,)), ("v", (rank, features_in))):
                 wanted[f"{key}.{leaf}"] = torch.empty(shape, device="meta")
+            if f"{key}.gate" in tensors:
+                wanted[f"{key}.gate"] = torch.empty(learngene_rank, device="meta")
     checkpoint.check_tensors(path, tensors, wanted)
     checkpoint.check_hash(path, tensors, metadata.get("sha256"))
     return tensors

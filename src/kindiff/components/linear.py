@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kindiff.components.algebra import Factors
-from kindiff.components.product import add_tailors, products
+from kindiff.components.product import add_tailors, gate_factors, products
 from kindiff.components.strategy import Choice
 from kindiff.models.layers import Gating, compute_dtype
 
@@ -25,12 +25,20 @@ class ComponentLinear(nn.Module):
     """y = W(c) x + bias with W(c) = sum_i sigma_i u_i v_i^T over the components that are on (KIND eq. 1, 2).
 
     Only those components are computed: cost follows the active rank, never the number of slots. With
-    `rank=None` the learngenes are folded into one dense weight (cheaper above rank I O / (I + O)). Parameters
-    start unset: `factorize`, `recombine` or a checkpoint fills them.
+    `rank=None` the learngenes are folded into one dense weight (cheaper above rank I O / (I + O)). With `gated` a slot
+    also weighs the learngenes: sigma_i (1 + sum_k w_k g_i(slot k)), so a sample without tailors has them as they are.
+    Parameters start unset: `factorize`, `recombine` or a checkpoint fills them.
     """
 
     def __init__(
-        self, features_in: int, features_out: int, *, rank: int | None, slots: int, tailor_rank: int
+        self,
+        features_in: int,
+        features_out: int,
+        *,
+        rank: int | None,
+        slots: int,
+        tailor_rank: int,
+        gated: bool = False,
     ) -> None:
         super().__init__()
         if rank is None:
@@ -48,6 +56,10 @@ class ComponentLinear(nn.Module):
             self.tailor_u = nn.Parameter(torch.empty(slots, tailor_rank, features_out))
             self.tailor_sigma = nn.Parameter(torch.empty(slots, tailor_rank))
             self.tailor_v = nn.Parameter(torch.empty(slots, tailor_rank, features_in))
+        self.gated = gated and self.has_tailors
+        if self.gated:
+            assert rank is not None, "one dense weight has no components to weigh"
+            self.tailor_gate = nn.Parameter(torch.empty(slots, rank))
 
     @property
     def tailors(self) -> Factors:
@@ -74,11 +86,15 @@ class ComponentLinear(nn.Module):
     @torch.no_grad()
     def merged_weight(self, gating: Gating | None = None, sample: int = 0) -> Tensor:
         """The dense (O, I) matrix that one sample of a gating sees; without a gating, the learngenes'."""
-        weight_OI = self.weight if self.rank is None else (self.u.T * self.sigma) @ self.v
-        if gating is not None and self.has_tailors:
-            slots_K, weights_K = gating.slots_BK[sample], gating.weights_BK[sample]
-            u_MO = self.tailor_u[slots_K].flatten(0, 1)
-            v_MI = self.tailor_v[slots_K].flatten(0, 1)
-            scale_M = (self.tailor_sigma[slots_K] * weights_K.unsqueeze(1)).flatten()
-            weight_OI = weight_OI + (u_MO.T * scale_M) @ v_MI
-        return weight_OI
+        if gating is None or not self.has_tailors:
+            return self.weight if self.rank is None else (self.u.T * self.sigma) @ self.v
+        if self.rank is None:
+            weight_OI: Tensor = self.weight
+        else:
+            factors = gate_factors(self.tailor_gate, gating)[sample] if self.gated else 1.0
+            weight_OI = (self.u.T * (self.sigma * factors)) @ self.v
+        slots_K, weights_K = gating.slots_BK[sample], gating.weights_BK[sample]
+        u_MO = self.tailor_u[slots_K].flatten(0, 1)
+        v_MI = self.tailor_v[slots_K].flatten(0, 1)
+        scale_M = (self.tailor_sigma[slots_K] * weights_K.unsqueeze(1)).flatten()
+        return weight_OI + (u_MO.T * scale_M) @ v_MI

@@ -1,4 +1,4 @@
-"""Taking a model apart into learngenes and tailors, and putting models together from them.
+"""The parts of a model, learngenes and tailors, and putting models together from them.
 
 Everything here is functional: parts in, a new model out, bit-equal each time.
 
@@ -19,12 +19,12 @@ from kindiff.checkpoint import hash_tensors
 from kindiff.classes import ClassSet
 from kindiff.components import algebra
 from kindiff.components.algebra import Factors
-from kindiff.components.assembly import factors_of, fill_slot_, freeze_learngenes, merge_
+from kindiff.components.assembly import factors_of, fill_slot_, freeze_learngenes, merge_, named_factors
 from kindiff.components.build import Structure, empty, sizes_of, slots_by_share
 from kindiff.components.gates import TableGate
 from kindiff.components.linear import ComponentLinear
 from kindiff.components.strategy import factored_is_cheaper
-from kindiff.config import MATRICES, DiTConfig, Share
+from kindiff.config import MATRICES, DiTConfig, Share, Trains
 from kindiff.errors import UsageError
 from kindiff.models.dit import DiT
 
@@ -44,7 +44,8 @@ class Components:
     """The parts of a decomposable model: learngenes and one tailor for each class.
 
     learngenes: tensors by name, everything that is not a class's (factors, dense layers, the null embedding).
-    tailors: for each class its tensors: for each matrix u (N, O), sigma (N,), v (N, I) and the embedding (D,).
+    tailors: for each class its tensors: for each matrix u (N, O), sigma (N,), v (N, I), where it weighs the learngenes
+    gate (R,), and the embedding (D,).
     """
 
     config: DiTConfig
@@ -64,9 +65,7 @@ class Components:
     @property
     def tailor_rank(self) -> int:
         """N_T, the components of the largest tailor (0 without classes or targets)."""
-        if not self.targets:
-            return 0
-        return max((len(t[f"blocks.0.{self.targets[0]}.sigma"]) for t in self.tailors.values()), default=0)
+        return largest_rank(self.tailors.values())
 
     @property
     def learngene_hash(self) -> str:
@@ -102,9 +101,16 @@ class Components:
                 "use factored or dense layers."
             )
         rank = learngene_rank or self.learngene_rank
+        weighs = self._weighs(wanted.names)
+        if weighs and (layers == "dense" or rank < self.learngene_rank):
+            raise UsageError(
+                "these classes have weights of their own on each learngene (they were trained with trains gate), so "
+                "all learngenes stay, as components; use layers factored, or merged for one class."
+            )
         if layers == "auto":
-            layers = "factored" if factored_is_cheaper(self.config, rank) else "dense"
-        model = self._assemble(wanted, learngene_rank, dense=layers != "factored", copy=not take_over)
+            layers = "factored" if weighs or factored_is_cheaper(self.config, rank) else "dense"
+        factored = weighs or layers == "factored"
+        model = self._assemble(wanted, learngene_rank, dense=not factored, copy=not take_over)
         return merge_(model) if layers == "merged" else model
 
     def with_new_tailors(
@@ -115,16 +121,18 @@ class Components:
         share: Share = "class",
         targets: tuple[str, ...] = MATRICES,
         nearest: Mapping[str, str] | None = None,
+        trains: Trains = "components",
         train_also: tuple[Literal["bias", "final"], ...] = (),
         seed: int = 0,
     ) -> DiT:
         """A model of new classes on these learngenes, frozen; only fresh tailors and class embeddings train.
 
         rank: N_T of the new tailors. share: a tailor for each class, one for the whole task, or both at once.
-        nearest: for a new class the existing class whose tailor and embedding it starts from (its first `rank`
-        components); the others start at zero with the mean embedding. train_also: learngene parts that train too. The
-        parameters that train are those with requires_grad. UsageError for a class asked twice or a rank that
-        is too large.
+        nearest: for a new class the existing class whose tailor and embedding it starts from (the largest `rank`
+        components); the others start at zero with the mean embedding. trains: with "gate" the components stay as they
+        are and their weights train, those of the tailor and each class's own on the learngenes. train_also: learngene
+        parts that train too. The parameters that train are those with requires_grad. UsageError for a class asked twice
+        or a rank that is too large.
         """
         wanted = ClassSet(tuple(classes))
         known = ClassSet(self.classes) if self.classes else None
@@ -149,15 +157,18 @@ class Components:
             for matrix in names:
                 blank = algebra.fresh(rank, *shapes[matrix.rsplit(".", 1)[1]], generator=generator)
                 if parent is not None and f"{matrix}.sigma" in parent:
-                    old = factors_of(parent, matrix).first(rank)
+                    old = factors_of(parent, matrix)
+                    old = algebra.canonical(old).first(rank) if rank < len(old.sigma) else old
                     blank = Factors(*(torch.cat([a, b[len(a) :]]) for a, b in zip(old, blank, strict=True)))
-                tensors |= _named(matrix, blank)
+                tensors |= named_factors(matrix, blank)
+                if trains == "gate":
+                    tensors[f"{matrix}.gate"] = torch.zeros(self.learngene_rank)
             tailors[name] = tensors
         parts = dataclasses.replace(
             self, config=_with_classes(self.config, len(wanted)), targets=targets, tailors=tailors
         )
         model = parts._assemble(wanted, None, dense=False, share=share)
-        return freeze_learngenes(model, train_also)
+        return freeze_learngenes(model, train_also, trains)
 
     def extended(self, other: Components) -> Components:
         """These parts and the tailors of others that stand on the same learngenes.
@@ -173,6 +184,10 @@ class Components:
             targets=tuple(m for m in MATRICES if m in {*self.targets, *other.targets}),
             tailors={**self.tailors, **other.tailors},
         )
+
+    def _weighs(self, classes: Iterable[str]) -> bool:
+        """Whether any of these classes has weights of its own on the learngenes."""
+        return any(key.endswith(".gate") for name in classes for key in self.tailors[name])
 
     @torch.no_grad()
     def _assemble(
@@ -190,10 +205,11 @@ class Components:
         own_slots = [*wanted.names, TASK][:slots]
         structure = Structure(
             rank=None if dense else rank,
-            tailor_rank=self._rank_of(wanted),
+            tailor_rank=largest_rank(self.tailors[name] for name in own_slots),
             slots=slots,
             gate_width=width,
             targets=self.targets,
+            gated=self._weighs(wanted.names),
         )
         dtype = self.learngenes[NULL_EMBEDDING].dtype
         with torch.device("meta"):
@@ -220,8 +236,10 @@ class Components:
                 state |= {f"{name}.{leaf}": own(tensor) for leaf, tensor in learngenes._asdict().items()}
             if layer.has_tailors:
                 bank = Factors(*(torch.empty(tensor.shape, dtype=dtype) for tensor in layer.tailors))
+                if layer.gated:
+                    state[f"{name}.tailor_gate"] = torch.empty(layer.tailor_gate.shape, dtype=dtype)
                 for slot, owner in enumerate(own_slots):
-                    fill_slot_(bank, slot, self.tailors[owner], name)
+                    fill_slot_(bank, slot, self.tailors[owner], name, state.get(f"{name}.tailor_gate"))
                 state |= {f"{name}.tailor_{leaf}": tensor for leaf, tensor in bank._asdict().items()}
         gate = TableGate(len(wanted), width).fill_(table)
         state |= {GATE + name: tensor for name, tensor in gate.state_dict().items()}
@@ -229,65 +247,11 @@ class Components:
         model.set_positions_()
         return model.to(dtype)
 
-    def _rank_of(self, wanted: ClassSet) -> int:
-        if not self.targets:
-            return 0
-        key = f"blocks.0.{self.targets[0]}.sigma"
-        return max(len(self.tailors[name].get(key, ())) for name in wanted.names)
 
-
-@torch.no_grad()
-def decompose(model: DiT) -> Components:
-    """Take a model apart; the parts are copies. UsageError for a model that is not made of components.
-
-    Where a class has several slots or soft weights, its tailor is their sum: the components of all its slots,
-    sigma scaled by the gate's weight.
-    """
-    if model.structure is None or model.structure["rank"] is None:
-        raise UsageError(
-            "the model has dense matrices; only a model made of factored components can be decomposed "
-            "(pre-train with method kind, or factorize it)."
-        )
-    assert model.gate is not None
-    rows = model.class_embed.weight
-    ids = torch.arange(len(model.classes))
-    gating = model.gate(ids, rows[:-1])
-    matrices = dict(model.named_matrices())
-    learngenes = {name: tensor.clone() for name, tensor in learngenes_of(model).items()}
-    tailors: dict[str, dict[str, Tensor]] = {}
-    for i, name in enumerate(model.classes.names):
-        tensors = {EMBEDDING: rows[i].clone()}
-        for matrix, layer in matrices.items():
-            if isinstance(layer, ComponentLinear) and layer.has_tailors:
-                slots_K, weights_K = gating.slots_BK[i], gating.weights_BK[i]
-                own = Factors(
-                    layer.tailor_u[slots_K].flatten(0, 1),
-                    (layer.tailor_sigma[slots_K] * weights_K.unsqueeze(1)).flatten(),
-                    layer.tailor_v[slots_K].flatten(0, 1),
-                )
-                tensors |= _named(matrix, own)
-        tailors[name] = tensors
-    targets = tuple(m for m in model.structure["targets"] if any(f".{m}.sigma" in key for key in tensors))
-    return Components(model.config, targets, learngenes, tailors)
-
-
-def learngenes_of(model: DiT) -> dict[str, Tensor]:
-    """Everything of a model of factored components that is not a class's, by its name in parts; no copies."""
-    found = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if ".tailor_" not in name and name != "class_embed.weight" and not name.startswith(GATE)
-    }
-    return found | {NULL_EMBEDDING: model.class_embed.weight[-1]}
+def largest_rank(tailors: Iterable[Mapping[str, Tensor]]) -> int:
+    """Components of the largest of these tailors in any matrix."""
+    return max((len(t) for own in tailors for key, t in own.items() if key.endswith(".sigma")), default=0)
 
 
 def _with_classes(config: DiTConfig, count: int) -> DiTConfig:
     return dataclasses.replace(config, num_classes=count)
-
-
-def _named(matrix: str, factors: Factors) -> dict[str, Tensor]:
-    return {
-        f"{matrix}.u": factors.u.clone(),
-        f"{matrix}.sigma": factors.sigma.clone(),
-        f"{matrix}.v": factors.v.clone(),
-    }

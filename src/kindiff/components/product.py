@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kindiff.components.fused import FusedProducts
@@ -30,6 +31,9 @@ def products(layers: Sequence[ComponentLinear], x_BTI: Tensor, gating: Gating | 
     All layers have tailors or none has; `kindiff.components.strategy` says how those are computed.
     """
     dtype = x_BTI.dtype
+    if layers[0].has_tailors and layers[0].gated:
+        assert gating is not None, "a layer with tailors needs a gate"
+        return [_gated(layer, x_BTI, gating) for layer in layers]
     us = [layer.u * layer.sigma.unsqueeze(1) for layer in layers]
     vs: list[Tensor] = [layer.v for layer in layers]
     biases = [None if layer.bias is None else layer.bias.to(dtype) for layer in layers]
@@ -58,9 +62,25 @@ def products(layers: Sequence[ComponentLinear], x_BTI: Tensor, gating: Gating | 
 
 
 def add_tailors(layer: ComponentLinear, y_BTO: Tensor, x_BTI: Tensor, gating: Gating) -> Tensor:
-    """y plus each sample's tailors: for learngenes that are one dense weight."""
+    """y plus each sample's tailors, for learngenes that were computed by themselves."""
     u_BMO, v_BMI = _gather(layer, gating, x_BTI.dtype)
     return torch.baddbmm(y_BTO, torch.bmm(x_BTI, v_BMI.transpose(1, 2)), u_BMO)
+
+
+def gate_factors(gate_SR: Tensor, gating: Gating) -> Tensor:
+    """(B, R): what each sample's learngenes are multiplied by, 1 + the weighted sum of its slots' gates."""
+    slots_BK, weights_BK = gating
+    gate_BKR = gate_SR.index_select(0, slots_BK.flatten()).unflatten(0, slots_BK.shape)
+    return 1 + (gate_BKR * weights_BK.unsqueeze(2)).sum(dim=1)
+
+
+def _gated(layer: ComponentLinear, x_BTI: Tensor, gating: Gating) -> Tensor:
+    """y (B, T, O) of a layer whose slots weigh the learngenes; the weights are applied in fp32."""
+    dtype = x_BTI.dtype
+    h_BTR = F.linear(x_BTI, layer.v.to(dtype)) * gate_factors(layer.tailor_gate, gating).unsqueeze(1)
+    u_OR = (layer.u * layer.sigma.unsqueeze(1)).T
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return add_tailors(layer, F.linear(h_BTR.to(dtype), u_OR.to(dtype), bias), x_BTI, gating)
 
 
 def _gather(layer: ComponentLinear, gating: Gating, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from kindiff.config.shapes import (
     DiTConfig,
     KindConfig,
     Share,
+    Trains,
 )
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "SampleConfig",
     "Share",
     "TrainConfig",
+    "Trains",
     "TransferConfig",
     "from_dict",
     "load_recipe",

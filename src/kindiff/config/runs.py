@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from kindiff.config.shapes import MATRICES, AutoencoderConfig, BackboneConfig, KindConfig, Share
+from kindiff.config.shapes import MATRICES, AutoencoderConfig, BackboneConfig, KindConfig, Share, Trains
 from kindiff.errors import UsageError
 
 
@@ -255,9 +255,19 @@ class TransferConfig:
     """class: a tailor for each new class. task: one tailor that all new classes share. both: one of each, both on."""
     init: Literal["fresh", "nearest"] = "fresh"
     """fresh: u at zero, v random. nearest: a copy of the pre-trained tailor that fits the class best."""
+    trains: Trains = "components"
+    """components: u, sigma and v of the tailors. gate: the components stay those of the nearest tailor (init nearest)
+    and of the learngenes, and each class learns weights of its own on them: rank + N_G numbers a matrix."""
     targets: tuple[str, ...] = MATRICES
     """The matrices that get fresh tailors."""
     train_also: tuple[Literal["bias", "final"], ...] = ()
     """Learngene parts that train too: the biases of the factored matrices, the final layer. Guidance's null pass, which
     is the learngenes alone and is not trained here, fits less well then."""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=500, lr=4e-3, save_every=250))
+
+    def __post_init__(self) -> None:
+        if self.trains == "gate" and (self.init != "nearest" or self.share != "class"):
+            raise UsageError(
+                f"trains gate weighs the components of the nearest tailor of each class; set init nearest and share "
+                f"class, not {self.init} and {self.share}."
+            )

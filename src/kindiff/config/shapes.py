@@ -31,6 +31,9 @@ MATRICES = ("q", "k", "v", "o", "mlp_in", "mlp_out")
 Share = Literal["class", "task", "both"]
 """Who has a fresh tailor at transfer: each class, the task as a whole, or each class and the task."""
 
+Trains = Literal["components", "gate"]
+"""What of the tailors trains at transfer: their components, or the weights on components that are there already."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:

@@ -19,15 +19,16 @@ from kindiff.models.dit import DiT
 
 
 class Apart:
-    """A model's banks of tailors that train; `at` puts a step's rows in their place."""
+    """A model's banks of tailors; `at` puts a step's rows in their place."""
 
-    def __init__(self, model: DiT, banks: dict[str, nn.Parameter]) -> None:
+    def __init__(self, model: DiT) -> None:
         assert isinstance(model.gate, TableGate)
         self.gate = model.gate
         self.banks = [
             (model.get_submodule(owner), leaf, bank)
-            for name, bank in banks.items()
+            for name, bank in model.named_parameters()
             for owner, _, leaf in [name.rpartition(".")]
+            if leaf.startswith("tailor_")
         ]
 
     def places(self, slots_n: Tensor, images: int = 0) -> tuple[Tensor, Tensor]:
@@ -48,15 +49,15 @@ class Apart:
     def at(self, rows_n: Tensor, place_S: Tensor) -> Iterator[list[nn.Parameter]]:
         """Within, forward and backward, each bank has these rows, and the gate knows them by their places.
 
-        Yields them in the banks' order; their gradients are the banks' own.
+        Yields those that train, in the banks' order; their gradients are the banks' own.
         """
         table_CK = self.gate.slots_CK
-        leaves = [nn.Parameter(bank.detach()[rows_n]) for _, _, bank in self.banks]
+        leaves = [nn.Parameter(bank.detach()[rows_n], bank.requires_grad) for _, _, bank in self.banks]
         try:
             self.gate.slots_CK = place_S[table_CK]
             for (owner, leaf, _), own in zip(self.banks, leaves, strict=True):
                 setattr(owner, leaf, own)
-            yield leaves
+            yield [own for own in leaves if own.requires_grad]
         finally:
             self.gate.slots_CK = table_CK
             for owner, leaf, bank in self.banks:

@@ -123,9 +123,7 @@ class Optimiser:
         self.alone = alone
         # On the host, so that no step waits for the device to say which classes it has.
         self.gate = copy.deepcopy(model.gate).cpu() if isinstance(model.gate, TableGate) else model.gate
-        self.apart = (
-            Apart(model, tailors) if alone and tailors and isinstance(model.gate, TableGate) else None
-        )
+        self.apart = Apart(model) if alone and tailors and isinstance(model.gate, TableGate) else None
         self.rows: list[nn.Parameter] = []
         """The step's tailors, while they stand apart from their banks."""
         self.tailors, self.classes = RowAdam(list(tailors.values())), RowAdam(list(classes.values()))

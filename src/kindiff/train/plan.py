@@ -209,9 +209,10 @@ def _transferred(shape: DiTConfig, learngene_rank: int, config: TransferConfig, 
     slots, width = sizes_of(slots_by_share(len(classes), config.share))
     structure = Structure(
         rank=learngene_rank, tailor_rank=config.rank, slots=slots, gate_width=width, targets=config.targets,
+        gated=config.trains == "gate",
     )  # fmt: skip
     with torch.device("meta"):
-        return freeze_learngenes(empty(shape, classes, structure), config.train_also)
+        return freeze_learngenes(empty(shape, classes, structure), config.train_also, config.trains)
 
 
 def _plan(

@@ -77,6 +77,7 @@ def model_to_train(parts: Components, samples: SampleSet, config: TransferConfig
         share=config.share,
         targets=config.targets,
         nearest=nearest,
+        trains=config.trains,
         train_also=config.train_also,
         seed=config.train.seed,
     )

@@ -1,0 +1,65 @@
+"""Taking a model apart into learngenes and tailors.
+
+K slots per sample.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kindiff.components.algebra import Factors
+from kindiff.components.assembly import named_factors
+from kindiff.components.linear import ComponentLinear
+from kindiff.components.parts import EMBEDDING, GATE, NULL_EMBEDDING, Components
+from kindiff.errors import UsageError
+from kindiff.models.dit import DiT
+
+
+@torch.no_grad()
+def decompose(model: DiT) -> Components:
+    """Take a model apart; the parts are copies. UsageError for a model that is not made of components.
+
+    Where a class has several slots or soft weights, its tailor is their sum: the components of all its slots,
+    sigma scaled by the gate's weight.
+    """
+    if model.structure is None or model.structure["rank"] is None:
+        raise UsageError(
+            "the model has dense matrices; only a model made of factored components can be decomposed "
+            "(pre-train with method kind, or factorize it)."
+        )
+    assert model.gate is not None
+    rows = model.class_embed.weight
+    ids = torch.arange(len(model.classes))
+    gating = model.gate(ids, rows[:-1])
+    matrices = dict(model.named_matrices())
+    learngenes = {name: tensor.clone() for name, tensor in learngenes_of(model).items()}
+    tailors: dict[str, dict[str, Tensor]] = {}
+    for i, name in enumerate(model.classes.names):
+        tensors = {EMBEDDING: rows[i].clone()}
+        for matrix, layer in matrices.items():
+            if isinstance(layer, ComponentLinear) and layer.has_tailors:
+                slots_K, weights_K = gating.slots_BK[i], gating.weights_BK[i]
+                own = Factors(
+                    layer.tailor_u[slots_K].flatten(0, 1),
+                    (layer.tailor_sigma[slots_K] * weights_K.unsqueeze(1)).flatten(),
+                    layer.tailor_v[slots_K].flatten(0, 1),
+                )
+                tensors |= named_factors(matrix, own)
+                if layer.gated:
+                    tensors[f"{matrix}.gate"] = (layer.tailor_gate[slots_K] * weights_K.unsqueeze(1)).sum(
+                        dim=0
+                    )
+        tailors[name] = tensors
+    targets = tuple(m for m in model.structure["targets"] if any(f".{m}.sigma" in key for key in tensors))
+    return Components(model.config, targets, learngenes, tailors)
+
+
+def learngenes_of(model: DiT) -> dict[str, Tensor]:
+    """Everything of a model of factored components that is not a class's, by its name in parts; no copies."""
+    found = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if ".tailor_" not in name and name != "class_embed.weight" and not name.startswith(GATE)
+    }
+    return found | {NULL_EMBEDDING: model.class_embed.weight[-1]}
