@@ -63,7 +63,8 @@ def activations(
         on = structure.slots if structure.gate == "soft" else structure.gate_width
         slots = min(structure.slots, images * on)  # of a step, apart from their bank
         strategy = choose(
-            "auto", slots=slots, components=structure.tailor_rank, on=on, device=device.type,
+            "gathered" if structure.gated else "auto",
+            slots=slots, components=structure.tailor_rank, on=on, device=device.type,
             dtype=DTYPES[precision], training=rank > 0, weights_train=structure.gate == "soft",
             fits=fused.fits(structure.rank, on * structure.tailor_rank, DTYPES[precision]),
         ).name  # fmt: skip
