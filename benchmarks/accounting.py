@@ -74,6 +74,10 @@ def main(args: Args) -> None:
             rows.append({"backbone": preset, "method": name, "trainable": count, "macs": dense, "saved": 0})
         quarter = shape.width // 4
         for label, config in {
+            "KIND, N_G {g}, a gate of {g} + 13 weights a class": DesignConfig(
+                model=BackboneConfig(preset=preset), classes=CLASSES, learngene_rank=quarter, tailor_rank=13,
+                trains="gate",
+            ),
             "KIND, N_G {g}, rank 1 a class": DesignConfig(
                 model=BackboneConfig(preset=preset), classes=CLASSES, learngene_rank=quarter, tailor_rank=1,
                 trains="tailors",

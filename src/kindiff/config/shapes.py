@@ -237,8 +237,9 @@ class DesignConfig:
     """class: a tailor for each class. task: one tailor for all. both: one of each."""
     targets: tuple[str, ...] = MATRICES
     """The matrices that have tailors."""
-    trains: Literal["all", "tailors"] = "all"
-    """all: pre-training. tailors: transfer, with the learngenes frozen."""
+    trains: Literal["all", "tailors", "gate"] = "all"
+    """all: pre-training. tailors: transfer, with the learngenes frozen. gate: the same with weights alone
+    (TransferConfig.trains)."""
     train_also: tuple[Literal["bias", "final"], ...] = ()
     """At transfer, learngene parts that train too."""
 

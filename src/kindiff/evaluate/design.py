@@ -26,7 +26,9 @@ def design(config: DesignConfig) -> DiT:
         slots, width = sizes_of(slots_by_share(config.classes, config.share))
         structure = Structure(
             rank=config.learngene_rank, tailor_rank=config.tailor_rank, slots=slots, gate_width=width,
-            targets=config.targets,
+            targets=config.targets, gated=config.trains == "gate",
         )  # fmt: skip
         model = empty(shape, classes, structure)
-    return freeze_learngenes(model, config.train_also) if config.trains == "tailors" else model
+    if config.trains == "all":
+        return model
+    return freeze_learngenes(model, config.train_also, "gate" if config.trains == "gate" else "components")
