@@ -57,7 +57,8 @@ def plot(records: Sequence[Record], folder: Path) -> list[Path]:
                 axis.set_xscale("symlog" if min(x) == 0 else "log")
                 axis.xaxis.set_minor_formatter(NullFormatter())
                 if min(x) > 0:
-                    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+                    wide = max(x) > 500 * min(x)  # no room for labels between powers of ten
+                    axis.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
             axis.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
         axes[0].set_ylabel(f"{own[0].distance_name}, lower is better")
         axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
