@@ -74,7 +74,7 @@ def load_components(directory: str | Path, classes: Iterable[str] | None = None)
     checkpoint.check_tensors(
         path, learngenes, _learngenes_wanted(config, description["learngene_rank"], listed)
     )
-    tailors = {name: _read_tailor(folder, name, config, targets, description) for name in wanted}
+    tailors = {name: _read_tailor(folder, name, config, description) for name in wanted}
     checkpoint.check_hash(path, learngenes, description["learngenes"])
     return Components(config, targets, learngenes, tailors)
 
@@ -88,7 +88,7 @@ def load_tailor(directory: str | Path, name: str) -> Tailor:
     description = _description(folder)
     ClassSet(tuple(description["classes"])).id(name)
     config = from_dict(DiTConfig, description["model"])
-    tensors = _read_tailor(folder, name, config, tuple(description["targets"]), description)
+    tensors = _read_tailor(folder, name, config, description)
     return Tailor(name, tensors, description["learngenes"])
 
 
@@ -130,7 +130,7 @@ def _learngenes_wanted(config: DiTConfig, rank: int, classes: ClassSet) -> dict[
 
 
 def _read_tailor(
-    folder: Path, name: str, config: DiTConfig, targets: tuple[str, ...], description: dict[str, Any]
+    folder: Path, name: str, config: DiTConfig, description: dict[str, Any]
 ) -> dict[str, Tensor]:
     learngenes, learngene_rank = description["learngenes"], description["learngene_rank"]
     path = folder / "tailors" / f"{name}.safetensors"
@@ -144,7 +144,7 @@ def _read_tailor(
         )
     wanted = {EMBEDDING: torch.empty(config.width, device="meta")}
     for i in range(config.depth):
-        for matrix in targets:
+        for matrix in description["targets"]:
             key, (features_out, features_in) = f"blocks.{i}.{matrix}", config.matrix_shape(matrix)
             rank = tensors.get(f"{key}.sigma", torch.empty(0)).numel()
             for leaf, shape in (("u", (rank, features_out)), ("sigma", (rank,)), ("v", (rank, features_in))):
