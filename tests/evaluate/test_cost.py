@@ -66,10 +66,12 @@ def test_headline_accounting_of_the_paper() -> None:
     )
 
 
-def test_a_design_of_a_gate_trains_weights_alone() -> None:
-    config = DesignConfig(
-        model=BackboneConfig(preset="DiT-B/2"), classes=10, learngene_rank=192, tailor_rank=13, trains="gate"
-    )
-    model = design(config)
-    assert total(cost_table(model)).trainable == 10 * 12 * 6 * (192 + 13) + 11 * 768
+def test_a_design_of_a_mixture_trains_weights_alone() -> None:
+    model = design(
+        DesignConfig(
+            model=BackboneConfig(preset="DiT-B/2"), classes=10, learngene_rank=192, tailor_rank=13,
+            trains="tailors", mixes=8,
+        )
+    )  # fmt: skip
+    assert total(cost_table(model)).trainable == (10 * 12 * 6 + 11) * 8
     assert total(cost_table(model)).macs == counted_macs(model)

@@ -164,7 +164,7 @@ def test_moments_from_before_the_first_step_can_be_loaded(kind_model: DiT) -> No
     [
         ("class", "fresh", "components"),
         ("class", "nearest", "components"),
-        ("class", "nearest", "gate"),
+        ("class", "nearest", "mixture"),
         ("task", "fresh", "components"),
         ("both", "nearest", "components"),
     ],
@@ -175,7 +175,7 @@ def test_transfer_leaves_the_learngenes_to_the_bit(tmp_path: Path, share, init, 
     save_components(parts, tmp_path / "parts")
     novel = write_shapes(tmp_path / "novel", NEW_SHAPES)
     config = TransferConfig(
-        data=DataConfig(source=str(novel), size=SIZE), rank=2, share=share, init=init, trains=trains,
+        data=DataConfig(source=str(novel), size=SIZE), rank=2, share=share, init=init, trains=trains, mixes=3,
         train=TrainConfig(steps=8, batch=6, lr=0.02, warmup=1, save_every=3, log_every=4, weight_decay=0.3),
     )  # fmt: skip
     taught = decompose(transfer(tmp_path / "parts", config, tmp_path / "transfer").model)
@@ -185,7 +185,6 @@ def test_transfer_leaves_the_learngenes_to_the_bit(tmp_path: Path, share, init, 
     assert all(tensor.any() for tensor in ring.values())
     same = torch.equal(ring["blocks.0.q.sigma"], cross["blocks.0.q.sigma"])
     assert same == (share == "task")
-    assert ("blocks.0.q.gate" in ring) == (trains == "gate")
     last = [
         torch.equal(ring[f"blocks.0.q.{leaf}"][-2:], cross[f"blocks.0.q.{leaf}"][-2:])
         for leaf in ("u", "sigma")

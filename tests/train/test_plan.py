@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kindiff.cli.main import main
-from kindiff.components import decompose, factorize, save_components
+from kindiff.components import decompose, factorize, mixture, save_components
 from kindiff.config import (
     BackboneConfig,
     DataConfig,
@@ -32,7 +32,7 @@ from kindiff.train.optimiser import Optimiser
 from kindiff.train.plan import expected, outline, pretrain_plan, transfer_plan
 from kindiff.train.pretraining import new_model
 from random_models import noisy_dit
-from toys import NEW_SHAPES, SIZE, toy, write_shapes
+from toys import NEW_SHAPES, SHAPES, SIZE, toy, write_shapes
 
 CPU = torch.device("cpu")
 
@@ -95,20 +95,26 @@ def test_activations_are_what_autograd_keeps(precision, kind, width, side) -> No
     assert activations(model, precision, 3, CPU) == pytest.approx(counted, rel=0.06)
 
 
-@pytest.mark.parametrize("share", ["task", "both"])
+@pytest.mark.parametrize("share", ["task", "both", "mixture"])
 def test_what_trains_is_counted_apart(shapes: Path, tmp_path: Path, share) -> None:
     model = new_model(toy(shapes), open_samples(DataConfig(source=str(shapes), size=SIZE)))
     save_components(decompose(model), tmp_path / "parts")
     write_shapes(tmp_path / "new", NEW_SHAPES)
     config = TransferConfig(
-        data=DataConfig(source=str(tmp_path / "new"), size=SIZE), rank=3, share=share, train_also=("bias",),
+        data=DataConfig(source=str(tmp_path / "new"), size=SIZE), rank=3, train_also=("bias",),
         train=TrainConfig(steps=10, batch=4),
+        **({"share": share} if share != "mixture" else {"init": "nearest", "trains": "mixture", "mixes": 2}),
     )  # fmt: skip
     plan = transfer_plan(tmp_path / "parts", config)
-    parts = decompose(model).with_new_tailors(NEW_SHAPES, rank=3, share=share, train_also=("bias",))
-    trained = sum(p.numel() for p in parts.parameters() if p.requires_grad)
-    assert (plan.trainable, plan.parameters) == (trained, sum(p.numel() for p in parts.parameters()))
-    assert plan.macs == counted_macs(parts)
+    parts = decompose(model)
+    if share == "mixture":
+        trains = mixture(parts, dict.fromkeys(NEW_SHAPES, SHAPES[:2]), train_also=("bias",))
+        becomes = decompose(trains).with_tailor_rank(3).recombine(layers="factored")
+    else:
+        trains = becomes = parts.with_new_tailors(NEW_SHAPES, rank=3, share=share, train_also=("bias",))
+    trained = sum(p.numel() for p in trains.parameters() if p.requires_grad)
+    assert (plan.trainable, plan.parameters) == (trained, sum(p.numel() for p in becomes.parameters()))
+    assert plan.macs == counted_macs(becomes)
     assert plan.memory["optimiser"] == 8 * trained
     assert "s a step" in plan.time
     # the same figures from the recipe alone, where there are no parts and no data yet

@@ -7,6 +7,7 @@ from kindiff.components.build import factorize
 from kindiff.components.files import load_autoencoder, load_components, load_tailor, save_components
 from kindiff.components.gates import SoftGate, TableGate
 from kindiff.components.linear import ComponentLinear
+from kindiff.components.mixture import mixture
 from kindiff.components.parts import Components
 from kindiff.components.split import decompose
 from kindiff.components.strategy import set_strategy_
@@ -28,6 +29,7 @@ __all__ = [
     "load_components",
     "load_tailor",
     "merge_modules",
+    "mixture",
     "save_components",
     "set_strategy_",
     "svd",

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kindiff.components.algebra import Factors
 from kindiff.components.linear import ComponentLinear
-from kindiff.config import Trains
 from kindiff.models.dit import DiT
 
 
@@ -48,17 +47,16 @@ def merge_(model: DiT) -> DiT:
     return new
 
 
-def freeze_learngenes(
-    model: DiT, train_also: tuple[Literal["bias", "final"], ...], trains: Trains = "components"
-) -> DiT:
-    """Only tailors (with trains="gate" their weights alone), class embeddings and what `train_also` names require
-    gradients; in place."""
-    weights = ("tailor_sigma", "tailor_gate")
+def freeze_learngenes(model: DiT, train_also: tuple[Literal["bias", "final"], ...]) -> DiT:
+    """Only tailors (of a mixture their weights), class embeddings and what `train_also` names require gradients;
+    in place."""
+    assert model.structure is not None
+    tailor = "tailor_mix" if model.structure["mixes"] else "tailor_"
     matrices = {name for name, _ in model.named_matrices()}
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
         parameter.requires_grad_(
-            (leaf in weights if trains == "gate" else leaf.startswith("tailor_"))
+            leaf.startswith(tailor)
             or owner == "class_embed"
             or ("bias" in train_also and owner in matrices and leaf == "bias")
             or ("final" in train_also and name.startswith("final."))
@@ -66,16 +64,11 @@ def freeze_learngenes(
     return model
 
 
-def fill_slot_(
-    bank: Factors, slot: int, tailor: Mapping[str, Tensor], matrix: str, gate_SR: Tensor | None = None
-) -> None:
+def fill_slot_(bank: Factors, slot: int, tailor: Mapping[str, Tensor], matrix: str) -> None:
     """Copy one class's components into a slot of a matrix's bank (u (S, N, O), sigma (S, N), v (S, N, I)).
 
-    A smaller tailor is padded with components of sigma zero. gate_SR: the slots' weights on the learngenes, where the
-    matrix has them; a tailor without leaves the learngenes as they are.
+    A smaller tailor is padded with components of sigma zero.
     """
-    if gate_SR is not None:
-        gate_SR[slot] = tailor.get(f"{matrix}.gate", 0.0)
     room = bank.sigma.shape[1]
     own = factors_of(tailor, matrix) if f"{matrix}.sigma" in tailor else None
     count = 0 if own is None else len(own.sigma)

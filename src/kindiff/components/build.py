@@ -14,6 +14,7 @@ from torch import nn
 
 from kindiff.classes import ClassSet, shorten
 from kindiff.components import algebra
+from kindiff.components.embedding import MixedEmbedding
 from kindiff.components.gates import SoftGate, TableGate
 from kindiff.components.linear import ComponentLinear
 from kindiff.config import MATRICES, DiTConfig, KindConfig, Share, from_dict, to_dict
@@ -37,8 +38,9 @@ class Structure:
     """Slots per sample of a table gate."""
     targets: tuple[str, ...] = MATRICES
     """The matrices that have tailors."""
-    gated: bool = False
-    """Each slot has weights of its own on the learngenes of those matrices."""
+    mixes: int = 0
+    """Known tailors that a slot holds, and embeddings that a class's is a sum of, with a weight for each: a mixture in
+    training. 0: tailors and embeddings of their own."""
 
     def __post_init__(self) -> None:
         if min(self.tailor_rank, self.slots) < 0 or self.gate_width < 1 or (self.rank or 1) < 1:
@@ -47,8 +49,10 @@ class Structure:
             raise UsageError(f"a structure has ranks up to {2**14} and slots up to {2**21}, not {self}.")
         if unknown := set(self.targets) - set(MATRICES):
             raise UsageError(f"target {min(unknown)!r} is no matrix of a block; use {MATRICES}.")
-        if self.gated and self.rank is None:
-            raise UsageError("learngenes that are one dense weight have no components to weigh; use a rank.")
+        if self.mixes < 0 or self.tailor_rank % (self.mixes or 1):
+            raise UsageError(
+                f"a mixture's slots hold the same number of components of each tailor, not {self}."
+            )
 
 
 def build(config: DiTConfig, classes: ClassSet, structure: dict[str, Any]) -> DiT:
@@ -67,7 +71,7 @@ def empty(config: DiTConfig, classes: ClassSet, structure: Structure) -> DiT:
             rank=structure.rank,
             slots=structure.slots,
             tailor_rank=structure.tailor_rank if matrix in structure.targets else 0,
-            gated=structure.gated,
+            mixes=structure.mixes,
         )
 
     gate: nn.Module = (
@@ -75,7 +79,11 @@ def empty(config: DiTConfig, classes: ClassSet, structure: Structure) -> DiT:
         if structure.gate == "soft"
         else TableGate(len(classes), structure.gate_width)
     )
-    return DiT(config, classes=classes, linear=linear, gate=gate, structure=to_dict(structure))
+    model = DiT(config, classes=classes, linear=linear, gate=gate, structure=to_dict(structure))
+    if structure.mixes:
+        embedding = MixedEmbedding(len(classes) + 1, structure.mixes, config.width)
+        model.class_embed = embedding  # type: ignore[assignment]  # it has rows as well
+    return model
 
 
 def check_rank(rank: int | None, matrix: str, config: DiTConfig, *, what: str = "learngene") -> None:

@@ -132,7 +132,7 @@ def _learngenes_wanted(config: DiTConfig, rank: int, classes: ClassSet) -> dict[
 def _read_tailor(
     folder: Path, name: str, config: DiTConfig, description: dict[str, Any]
 ) -> dict[str, Tensor]:
-    learngenes, learngene_rank = description["learngenes"], description["learngene_rank"]
+    learngenes = description["learngenes"]
     path = folder / "tailors" / f"{name}.safetensors"
     with checkpoint.open_tensors(path) as file:
         metadata = file.metadata() or {}
@@ -149,8 +149,6 @@ def _read_tailor(
             rank = tensors.get(f"{key}.sigma", torch.empty(0)).numel()
             for leaf, shape in (("u", (rank, features_out)), ("sigma", (rank,)), ("v", (rank, features_in))):
                 wanted[f"{key}.{leaf}"] = torch.empty(shape, device="meta")
-            if f"{key}.gate" in tensors:
-                wanted[f"{key}.gate"] = torch.empty(learngene_rank, device="meta")
     checkpoint.check_tensors(path, tensors, wanted)
     checkpoint.check_hash(path, tensors, metadata.get("sha256"))
     return tensors

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kindiff.components.algebra import Factors
-from kindiff.components.product import add_tailors, gate_factors, products
+from kindiff.components.product import add_tailors, products
 from kindiff.components.strategy import Choice
 from kindiff.models.layers import Gating, compute_dtype
 
@@ -25,8 +25,8 @@ class ComponentLinear(nn.Module):
     """y = W(c) x + bias with W(c) = sum_i sigma_i u_i v_i^T over the components that are on (KIND eq. 1, 2).
 
     Only those components are computed: cost follows the active rank, never the number of slots. With
-    `rank=None` the learngenes are folded into one dense weight (cheaper above rank I O / (I + O)). With `gated` a slot
-    also weighs the learngenes: sigma_i (1 + sum_k w_k g_i(slot k)), so a sample without tailors has them as they are.
+    `rank=None` the learngenes are folded into one dense weight (cheaper above rank I O / (I + O)). With `mixes` a slot
+    holds the components of so many known tailors, one after the other, and a weight for each of them.
     Parameters start unset: `factorize`, `recombine` or a checkpoint fills them.
     """
 
@@ -38,7 +38,7 @@ class ComponentLinear(nn.Module):
         rank: int | None,
         slots: int,
         tailor_rank: int,
-        gated: bool = False,
+        mixes: int = 0,
     ) -> None:
         super().__init__()
         if rank is None:
@@ -56,15 +56,18 @@ class ComponentLinear(nn.Module):
             self.tailor_u = nn.Parameter(torch.empty(slots, tailor_rank, features_out))
             self.tailor_sigma = nn.Parameter(torch.empty(slots, tailor_rank))
             self.tailor_v = nn.Parameter(torch.empty(slots, tailor_rank, features_in))
-        self.gated = gated and self.has_tailors
-        if self.gated:
-            assert rank is not None, "one dense weight has no components to weigh"
-            self.tailor_gate = nn.Parameter(torch.empty(slots, rank))
+        self.mixes = mixes if self.has_tailors else 0
+        if self.mixes:
+            self.tailor_mix = nn.Parameter(torch.empty(slots, mixes))
 
     @property
     def tailors(self) -> Factors:
-        """The bank: u (S, N, O), sigma (S, N), v (S, N, I); only a layer that has tailors has one."""
-        return Factors(self.tailor_u, self.tailor_sigma, self.tailor_v)
+        """The bank: u (S, N, O), sigma (S, N), as a mixture weighs it, v (S, N, I); where there are tailors."""
+        sigma_SN: Tensor = self.tailor_sigma
+        if self.mixes:
+            each = sigma_SN.shape[1] // self.mixes
+            sigma_SN = sigma_SN * self.tailor_mix.repeat_interleave(each, dim=1)
+        return Factors(self.tailor_u, sigma_SN, self.tailor_v)
 
     def forward(self, x_BTI: Tensor, gating: Gating | None) -> Tensor:
         return self.together([self], x_BTI, gating)[0]
@@ -88,13 +91,8 @@ class ComponentLinear(nn.Module):
         """The dense (O, I) matrix that one sample of a gating sees; without a gating, the learngenes'."""
         if gating is None or not self.has_tailors:
             return self.weight if self.rank is None else (self.u.T * self.sigma) @ self.v
-        if self.rank is None:
-            weight_OI: Tensor = self.weight
-        else:
-            factors = gate_factors(self.tailor_gate, gating)[sample] if self.gated else 1.0
-            weight_OI = (self.u.T * (self.sigma * factors)) @ self.v
+        weight_OI: Tensor = self.weight if self.rank is None else (self.u.T * self.sigma) @ self.v
         slots_K, weights_K = gating.slots_BK[sample], gating.weights_BK[sample]
-        u_MO = self.tailor_u[slots_K].flatten(0, 1)
-        v_MI = self.tailor_v[slots_K].flatten(0, 1)
-        scale_M = (self.tailor_sigma[slots_K] * weights_K.unsqueeze(1)).flatten()
-        return weight_OI + (u_MO.T * scale_M) @ v_MI
+        u_KNO, sigma_KN, v_KNI = (bank[slots_K] for bank in self.tailors)
+        scale_M = (sigma_KN * weights_K.unsqueeze(1)).flatten()
+        return weight_OI + (u_KNO.flatten(0, 1).T * scale_M) @ v_KNI.flatten(0, 1)

@@ -24,7 +24,7 @@ from kindiff.components.build import Structure, empty, sizes_of, slots_by_share
 from kindiff.components.gates import TableGate
 from kindiff.components.linear import ComponentLinear
 from kindiff.components.strategy import factored_is_cheaper
-from kindiff.config import MATRICES, DiTConfig, Share, Trains
+from kindiff.config import MATRICES, DiTConfig, Share
 from kindiff.errors import UsageError
 from kindiff.models.dit import DiT
 
@@ -44,8 +44,7 @@ class Components:
     """The parts of a decomposable model: learngenes and one tailor for each class.
 
     learngenes: tensors by name, everything that is not a class's (factors, dense layers, the null embedding).
-    tailors: for each class its tensors: for each matrix u (N, O), sigma (N,), v (N, I), where it weighs the learngenes
-    gate (R,), and the embedding (D,).
+    tailors: for each class its tensors: for each matrix u (N, O), sigma (N,), v (N, I), and the embedding (D,).
     """
 
     config: DiTConfig
@@ -101,16 +100,9 @@ class Components:
                 "use factored or dense layers."
             )
         rank = learngene_rank or self.learngene_rank
-        weighs = self._weighs(wanted.names)
-        if weighs and (layers == "dense" or rank < self.learngene_rank):
-            raise UsageError(
-                "these classes have weights of their own on each learngene (they were trained with trains gate), so "
-                "all learngenes stay, as components; use layers factored, or merged for one class."
-            )
         if layers == "auto":
-            layers = "factored" if weighs or factored_is_cheaper(self.config, rank) else "dense"
-        factored = weighs or layers == "factored"
-        model = self._assemble(wanted, learngene_rank, dense=not factored, copy=not take_over)
+            layers = "factored" if factored_is_cheaper(self.config, rank) else "dense"
+        model = self._assemble(wanted, learngene_rank, dense=layers != "factored", copy=not take_over)
         return merge_(model) if layers == "merged" else model
 
     def with_new_tailors(
@@ -121,7 +113,6 @@ class Components:
         share: Share = "class",
         targets: tuple[str, ...] = MATRICES,
         nearest: Mapping[str, str] | None = None,
-        trains: Trains = "components",
         train_also: tuple[Literal["bias", "final"], ...] = (),
         seed: int = 0,
     ) -> DiT:
@@ -129,10 +120,9 @@ class Components:
 
         rank: N_T of the new tailors. share: a tailor for each class, one for the whole task, or both at once.
         nearest: for a new class the existing class whose tailor and embedding it starts from (the largest `rank`
-        components); the others start at zero with the mean embedding. trains: with "gate" the components stay as they
-        are and their weights train, those of the tailor and each class's own on the learngenes. train_also: learngene
-        parts that train too. The parameters that train are those with requires_grad. UsageError for a class asked twice
-        or a rank that is too large.
+        components); the others start at zero with the mean embedding. train_also: learngene parts that train too. The
+        parameters that train are those with requires_grad. UsageError for a class asked twice or a rank that is too
+        large.
         """
         wanted = ClassSet(tuple(classes))
         known = ClassSet(self.classes) if self.classes else None
@@ -161,14 +151,12 @@ class Components:
                     old = algebra.canonical(old).first(rank) if rank < len(old.sigma) else old
                     blank = Factors(*(torch.cat([a, b[len(a) :]]) for a, b in zip(old, blank, strict=True)))
                 tensors |= named_factors(matrix, blank)
-                if trains == "gate":
-                    tensors[f"{matrix}.gate"] = torch.zeros(self.learngene_rank)
             tailors[name] = tensors
         parts = dataclasses.replace(
-            self, config=_with_classes(self.config, len(wanted)), targets=targets, tailors=tailors
+            self, config=with_classes(self.config, len(wanted)), targets=targets, tailors=tailors
         )
         model = parts._assemble(wanted, None, dense=False, share=share)
-        return freeze_learngenes(model, train_also, trains)
+        return freeze_learngenes(model, train_also)
 
     def extended(self, other: Components) -> Components:
         """These parts and the tailors of others that stand on the same learngenes.
@@ -180,14 +168,21 @@ class Components:
         merged = ClassSet(self.classes + other.classes)
         return dataclasses.replace(
             self,
-            config=_with_classes(self.config, len(merged)),
+            config=with_classes(self.config, len(merged)),
             targets=tuple(m for m in MATRICES if m in {*self.targets, *other.targets}),
             tailors={**self.tailors, **other.tailors},
         )
 
-    def _weighs(self, classes: Iterable[str]) -> bool:
-        """Whether any of these classes has weights of its own on the learngenes."""
-        return any(key.endswith(".gate") for name in classes for key in self.tailors[name])
+    @torch.no_grad()
+    def with_tailor_rank(self, rank: int) -> Components:
+        """The parts with every tailor cut to its `rank` largest singular components in each matrix, or fewer."""
+        tailors = {}
+        for name, tensors in self.tailors.items():
+            own = {EMBEDDING: tensors[EMBEDDING]}
+            for matrix in sorted({key.rpartition(".")[0] for key in tensors} - {""}):
+                own |= named_factors(matrix, algebra.canonical(factors_of(tensors, matrix)).first(rank))
+            tailors[name] = own
+        return dataclasses.replace(self, tailors=tailors)
 
     @torch.no_grad()
     def _assemble(
@@ -209,11 +204,10 @@ class Components:
             slots=slots,
             gate_width=width,
             targets=self.targets,
-            gated=self._weighs(wanted.names),
         )
         dtype = self.learngenes[NULL_EMBEDDING].dtype
         with torch.device("meta"):
-            model = empty(_with_classes(self.config, len(wanted)), wanted, structure)
+            model = empty(with_classes(self.config, len(wanted)), wanted, structure)
 
         def own(tensor: Tensor) -> Tensor:
             return tensor.detach().to("cpu", dtype, copy=copy)
@@ -236,10 +230,8 @@ class Components:
                 state |= {f"{name}.{leaf}": own(tensor) for leaf, tensor in learngenes._asdict().items()}
             if layer.has_tailors:
                 bank = Factors(*(torch.empty(tensor.shape, dtype=dtype) for tensor in layer.tailors))
-                if layer.gated:
-                    state[f"{name}.tailor_gate"] = torch.empty(layer.tailor_gate.shape, dtype=dtype)
                 for slot, owner in enumerate(own_slots):
-                    fill_slot_(bank, slot, self.tailors[owner], name, state.get(f"{name}.tailor_gate"))
+                    fill_slot_(bank, slot, self.tailors[owner], name)
                 state |= {f"{name}.tailor_{leaf}": tensor for leaf, tensor in bank._asdict().items()}
         gate = TableGate(len(wanted), width).fill_(table)
         state |= {GATE + name: tensor for name, tensor in gate.state_dict().items()}
@@ -253,5 +245,6 @@ def largest_rank(tailors: Iterable[Mapping[str, Tensor]]) -> int:
     return max((len(t) for own in tailors for key, t in own.items() if key.endswith(".sigma")), default=0)
 
 
-def _with_classes(config: DiTConfig, count: int) -> DiTConfig:
+def with_classes(config: DiTConfig, count: int) -> DiTConfig:
+    """The shape of the same model with another number of classes."""
     return dataclasses.replace(config, num_classes=count)

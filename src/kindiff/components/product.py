@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kindiff.components.fused import FusedProducts
@@ -31,9 +30,6 @@ def products(layers: Sequence[ComponentLinear], x_BTI: Tensor, gating: Gating | 
     All layers have tailors or none has; `kindiff.components.strategy` says how those are computed.
     """
     dtype = x_BTI.dtype
-    if layers[0].has_tailors and layers[0].gated:
-        assert gating is not None, "a layer with tailors needs a gate"
-        return [_gated(layer, x_BTI, gating) for layer in layers]
     us = [layer.u * layer.sigma.unsqueeze(1) for layer in layers]
     vs: list[Tensor] = [layer.v for layer in layers]
     biases = [None if layer.bias is None else layer.bias.to(dtype) for layer in layers]
@@ -50,8 +46,9 @@ def products(layers: Sequence[ComponentLinear], x_BTI: Tensor, gating: Gating | 
                 return list(FusedProducts.apply(x_BTI, _stack(vs).to(dtype), v_own, *us, *biases, *own))
         else:
             mask_B1J = _columns(layers[0], gating).unsqueeze(1).to(dtype)
-            bank = [(layer.tailor_u * layer.tailor_sigma.unsqueeze(2)).flatten(0, 1) for layer in layers]
-            v_bank = [layer.tailor_v.flatten(0, 1) for layer in layers]
+            banks = [layer.tailors for layer in layers]
+            bank = [(u * sigma.unsqueeze(2)).flatten(0, 1) for u, sigma, _ in banks]
+            v_bank = [v.flatten(0, 1) for _, _, v in banks]
             if layers[0].u.requires_grad:
                 us = [torch.cat(pair) for pair in zip(us, bank, strict=True)]
                 vs = [v for pair in zip(vs, v_bank, strict=True) for v in pair]
@@ -67,28 +64,11 @@ def add_tailors(layer: ComponentLinear, y_BTO: Tensor, x_BTI: Tensor, gating: Ga
     return torch.baddbmm(y_BTO, torch.bmm(x_BTI, v_BMI.transpose(1, 2)), u_BMO)
 
 
-def gate_factors(gate_SR: Tensor, gating: Gating) -> Tensor:
-    """(B, R): what each sample's learngenes are multiplied by, 1 + the weighted sum of its slots' gates."""
-    slots_BK, weights_BK = gating
-    gate_BKR = gate_SR.index_select(0, slots_BK.flatten()).unflatten(0, slots_BK.shape)
-    return 1 + (gate_BKR * weights_BK.unsqueeze(2)).sum(dim=1)
-
-
-def _gated(layer: ComponentLinear, x_BTI: Tensor, gating: Gating) -> Tensor:
-    """y (B, T, O) of a layer whose slots weigh the learngenes; the weights are applied in fp32."""
-    dtype = x_BTI.dtype
-    h_BTR = F.linear(x_BTI, layer.v.to(dtype)) * gate_factors(layer.tailor_gate, gating).unsqueeze(1)
-    u_OR = (layer.u * layer.sigma.unsqueeze(1)).T
-    bias = None if layer.bias is None else layer.bias.to(dtype)
-    return add_tailors(layer, F.linear(h_BTR.to(dtype), u_OR.to(dtype), bias), x_BTI, gating)
-
-
 def _gather(layer: ComponentLinear, gating: Gating, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Each sample's own tailors: u (B, M, O), scaled by sigma and the gate, and v (B, M, I)."""
     slots_BK, weights_BK = gating
     u_BKNO, sigma_BKN, v_BKNI = (  # unlike indexing, index_select has a backward pass of one operation
-        bank.index_select(0, slots_BK.flatten()).unflatten(0, slots_BK.shape)
-        for bank in (layer.tailor_u, layer.tailor_sigma, layer.tailor_v)
+        bank.index_select(0, slots_BK.flatten()).unflatten(0, slots_BK.shape) for bank in layer.tailors
     )
     u_BMO = (u_BKNO * (sigma_BKN * weights_BK.unsqueeze(2)).unsqueeze(3)).flatten(1, 2)
     return u_BMO.to(dtype), v_BKNI.flatten(1, 2).to(dtype)

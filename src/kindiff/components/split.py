@@ -40,16 +40,10 @@ def decompose(model: DiT) -> Components:
         for matrix, layer in matrices.items():
             if isinstance(layer, ComponentLinear) and layer.has_tailors:
                 slots_K, weights_K = gating.slots_BK[i], gating.weights_BK[i]
-                own = Factors(
-                    layer.tailor_u[slots_K].flatten(0, 1),
-                    (layer.tailor_sigma[slots_K] * weights_K.unsqueeze(1)).flatten(),
-                    layer.tailor_v[slots_K].flatten(0, 1),
-                )
+                u_KNO, sigma_KN, v_KNI = (bank[slots_K] for bank in layer.tailors)
+                scale_KN = sigma_KN * weights_K.unsqueeze(1)
+                own = Factors(u_KNO.flatten(0, 1), scale_KN.flatten(), v_KNI.flatten(0, 1))
                 tensors |= named_factors(matrix, own)
-                if layer.gated:
-                    tensors[f"{matrix}.gate"] = (layer.tailor_gate[slots_K] * weights_K.unsqueeze(1)).sum(
-                        dim=0
-                    )
         tailors[name] = tensors
     targets = tuple(m for m in model.structure["targets"] if any(f".{m}.sigma" in key for key in tensors))
     return Components(model.config, targets, learngenes, tailors)
@@ -60,6 +54,6 @@ def learngenes_of(model: DiT) -> dict[str, Tensor]:
     found = {
         name: tensor
         for name, tensor in model.state_dict().items()
-        if ".tailor_" not in name and name != "class_embed.weight" and not name.startswith(GATE)
+        if ".tailor_" not in name and not name.startswith(("class_embed.", GATE))
     }
     return found | {NULL_EMBEDDING: model.class_embed.weight[-1]}

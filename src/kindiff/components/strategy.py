@@ -141,8 +141,6 @@ def explain(model: DiT, images: int) -> list[str]:
         ]
     if not structure["slots"] * structure["tailor_rank"]:
         return [*lines, "tailors: none"]
-    if structure.get("gated"):
-        return [*lines, "tailors: gathered: they weigh the learngenes, for which there is no other way"]
     slots = {"sampling": structure["slots"], "training": min(structure["slots"], images * on)}
     for purpose, count in slots.items():
         for dtype in (torch.float32, torch.bfloat16):

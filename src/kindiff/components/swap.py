@@ -29,8 +29,7 @@ class Tailor:
     name: str
     """The class."""
     tensors: Mapping[str, Tensor]
-    """For each matrix u (N, O), sigma (N,), v (N, I), and the class embedding (D,), by their names in parts; gate (R,)
-    where the class weighs the learngenes."""
+    """For each matrix u (N, O), sigma (N,), v (N, I), and the class embedding (D,), by their names in parts."""
     learngenes: str
     """`Components.learngene_hash` of what it was trained with."""
 
@@ -63,7 +62,6 @@ def swap_tailor_(model: DiT, old: str, tailor: Tailor, *, check: bool = True) ->
         if isinstance(layer, ComponentLinear) and layer.has_tailors
     }
     wanted = {f"{name}.{leaf}" for name in layers for leaf in ("u", "sigma", "v")} | {EMBEDDING}
-    wanted |= {f"{name}.gate" for name, layer in layers.items() if layer.gated}
     if foreign := sorted(tailor.tensors.keys() - wanted):
         raise UsageError(f"the model has no tailor slot for {foreign[0]!r} of the tailor of {tailor.name!r}.")
     for name, layer in layers.items():
@@ -78,8 +76,7 @@ def swap_tailor_(model: DiT, old: str, tailor: Tailor, *, check: bool = True) ->
                 "that they fit."
             )
     for name, layer in layers.items():
-        gate_SR = layer.tailor_gate if layer.gated else None
-        fill_slot_(layer.tailors, slot, tailor.tensors, name, gate_SR)
+        fill_slot_(layer.tailors, slot, tailor.tensors, name)
     model.class_embed.weight[row].copy_(tailor.tensors[EMBEDDING])
     model.classes = classes
     return model

@@ -146,11 +146,6 @@ def _tailor_gram(layer: ComponentLinear, weights_CS: Tensor) -> Tensor:
     if not layer.has_tailors:
         return torch.zeros(classes, classes, dtype=torch.float64)
     u, sigma, v = layer.tailors
-    if layer.gated:  # what a class adds to the learngenes is theirs by its weights
-        u, v = (
-            torch.cat([own, all_.expand(slots, -1, -1)], dim=1) for own, all_ in ((u, layer.u), (v, layer.v))
-        )
-        sigma = torch.cat([sigma, layer.tailor_gate * layer.sigma], dim=1)
     bank = _double(u.flatten(0, 1), sigma.flatten(), v.flatten(0, 1))
     gram_SS = _products(bank, bank).unflatten(0, (slots, -1)).unflatten(2, (slots, -1)).sum(dim=(1, 3))
     return weights_CS @ gram_SS @ weights_CS.T

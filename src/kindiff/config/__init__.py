@@ -23,7 +23,6 @@ from kindiff.config.shapes import (
     DiTConfig,
     KindConfig,
     Share,
-    Trains,
 )
 
 __all__ = [
@@ -43,7 +42,6 @@ __all__ = [
     "SampleConfig",
     "Share",
     "TrainConfig",
-    "Trains",
     "TransferConfig",
     "from_dict",
     "load_recipe",

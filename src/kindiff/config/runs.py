@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from kindiff.config.shapes import MATRICES, AutoencoderConfig, BackboneConfig, KindConfig, Share, Trains
+from kindiff.config.shapes import MATRICES, AutoencoderConfig, BackboneConfig, KindConfig, Share
 from kindiff.errors import UsageError
 
 
@@ -250,14 +250,16 @@ class TransferConfig:
 
     data: DataConfig = field(default_factory=lambda: DataConfig(source="avatars:novel", per_class=50))
     rank: int = 2
-    """N_T of the fresh tailors."""
+    """N_T of the new tailors."""
     share: Share = "class"
     """class: a tailor for each new class. task: one tailor that all new classes share. both: one of each, both on."""
     init: Literal["fresh", "nearest"] = "fresh"
     """fresh: u at zero, v random. nearest: a copy of the pre-trained tailor that fits the class best."""
-    trains: Trains = "components"
-    """components: u, sigma and v of the tailors. gate: the components stay those of the nearest tailor (init nearest)
-    and of the learngenes, and each class learns weights of its own on them: rank + N_G numbers a matrix."""
+    trains: Literal["components", "mixture"] = "components"
+    """components: u, sigma and v of the tailors. mixture: each class learns how much of each of the nearest tailors it
+    has in each matrix, and of the embeddings, and at the end the sum is cut to `rank` components (init nearest)."""
+    mixes: int = 8
+    """mixture: how many of the pre-trained tailors, those that fit it best, a class mixes."""
     targets: tuple[str, ...] = MATRICES
     """The matrices that get fresh tailors."""
     train_also: tuple[Literal["bias", "final"], ...] = ()
@@ -266,8 +268,10 @@ class TransferConfig:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=500, lr=4e-3, save_every=250))
 
     def __post_init__(self) -> None:
-        if self.trains == "gate" and (self.init != "nearest" or self.share != "class"):
+        if self.trains == "mixture" and (
+            self.init != "nearest" or self.share != "class" or min(self.mixes, self.rank) < 1
+        ):
             raise UsageError(
-                f"trains gate weighs the components of the nearest tailor of each class; set init nearest and share "
-                f"class, not {self.init} and {self.share}."
+                "trains mixture weighs the tailors nearest to each class; set init nearest, share class, mixes and "
+                f"rank 1 or more, not {self.init}, {self.share}, {self.mixes} and {self.rank}."
             )

@@ -31,9 +31,6 @@ MATRICES = ("q", "k", "v", "o", "mlp_in", "mlp_out")
 Share = Literal["class", "task", "both"]
 """Who has a fresh tailor at transfer: each class, the task as a whole, or each class and the task."""
 
-Trains = Literal["components", "gate"]
-"""What of the tailors trains at transfer: their components, or the weights on components that are there already."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
@@ -237,9 +234,10 @@ class DesignConfig:
     """class: a tailor for each class. task: one tailor for all. both: one of each."""
     targets: tuple[str, ...] = MATRICES
     """The matrices that have tailors."""
-    trains: Literal["all", "tailors", "gate"] = "all"
-    """all: pre-training. tailors: transfer, with the learngenes frozen. gate: the same with weights alone
-    (TransferConfig.trains)."""
+    trains: Literal["all", "tailors"] = "all"
+    """all: pre-training. tailors: transfer, with the learngenes frozen."""
+    mixes: int = 0
+    """A transfer that trains mixtures of so many known tailors of that rank, counted as it trains (TransferConfig)."""
     train_also: tuple[Literal["bias", "final"], ...] = ()
     """At transfer, learngene parts that train too."""
 

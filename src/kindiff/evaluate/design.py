@@ -25,10 +25,10 @@ def design(config: DesignConfig) -> DiT:
             return DiT(shape, classes=classes)
         slots, width = sizes_of(slots_by_share(config.classes, config.share))
         structure = Structure(
-            rank=config.learngene_rank, tailor_rank=config.tailor_rank, slots=slots, gate_width=width,
-            targets=config.targets, gated=config.trains == "gate",
+            rank=config.learngene_rank, tailor_rank=config.tailor_rank * (config.mixes or 1), slots=slots,
+            gate_width=width, targets=config.targets, mixes=config.mixes,
         )  # fmt: skip
         model = empty(shape, classes, structure)
     if config.trains == "all":
         return model
-    return freeze_learngenes(model, config.train_also, "gate" if config.trains == "gate" else "components")
+    return freeze_learngenes(model, config.train_also)

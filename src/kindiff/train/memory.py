@@ -30,10 +30,13 @@ def memory(model: DiT, config: TrainConfig, images: int, device: torch.device) -
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     with_gradient = trained
-    if isinstance(model.gate, TableGate):  # of the banks, a step's slots alone have gradients, and are copied
-        banks = [p for n, p in model.named_parameters() if ".tailor_" in n and p.requires_grad]
+    if trained and isinstance(
+        model.gate, TableGate
+    ):  # of the banks, a step's slots alone have gradients; all are copied
         most = images * model.gate.slots_CK.shape[1]
-        with_gradient += sum(2 * min(len(p), most) * p[0].numel() - p.numel() for p in banks)
+        for bank in (p for name, p in model.named_parameters() if ".tailor_" in name):
+            copied = min(len(bank), most) * bank[0].numel()
+            with_gradient += 2 * copied - bank.numel() if bank.requires_grad else copied
     return {
         "weights": 4 * parameters,
         "gradients": 4 * with_gradient,
@@ -63,9 +66,9 @@ def activations(
         on = structure.slots if structure.gate == "soft" else structure.gate_width
         slots = min(structure.slots, images * on)  # of a step, apart from their bank
         strategy = choose(
-            "gathered" if structure.gated else "auto",
+            "auto",
             slots=slots, components=structure.tailor_rank, on=on, device=device.type,
-            dtype=DTYPES[precision], training=rank > 0, weights_train=structure.gate == "soft",
+            dtype=DTYPES[precision], training=rank > 0 and not structure.mixes, weights_train=structure.gate == "soft",
             fits=fused.fits(structure.rank, on * structure.tailor_rank, DTYPES[precision]),
         ).name  # fmt: skip
         tailors = structure.tailor_rank * (slots if strategy == "joined" else on)

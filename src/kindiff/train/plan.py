@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -45,7 +45,7 @@ class Plan:
     model: str
     """Its shape and split."""
     parameters: int
-    """In all."""
+    """In all, of the finished model."""
     trainable: int
     """Those that train."""
     macs: int
@@ -114,6 +114,8 @@ def transfer_plan(parts: Path, config: TransferConfig) -> Plan:
     make them. Raises what the run itself would raise at its start."""
     found = expected(config.data)
     what = f"tailor rank {config.rank} for each {config.share}"
+    if config.trains == "mixture":
+        what = f"a mixture of {config.mixes} tailors for each class, at the end of rank {config.rank}"
     to_measure: Callable[[torch.device], DiT] | None = None
     if parts.suffix == ".toml":
         recipe = load_recipe(parts, PretrainConfig)
@@ -128,7 +130,8 @@ def transfer_plan(parts: Path, config: TransferConfig) -> Plan:
                 f"the data hold {found.channels} x {found.size} x {found.size} and the parts would be made for "
                 f"{origin.channels} x {origin.size} x {origin.size}."
             )
-        model = _transferred(shape, recipe.kind.learngene_rank, config, found.classes)
+        ranks = recipe.kind.learngene_rank, recipe.kind.tailor_rank
+        model = _transferred(shape, *ranks, config, found.classes)
     else:
         loaded = load_components(parts, classes=None if config.init == "nearest" else ())
         shape = loaded.config
@@ -137,11 +140,23 @@ def transfer_plan(parts: Path, config: TransferConfig) -> Plan:
             model = model_to_train(loaded, found.samples, config)
             to_measure = model.to
         else:
-            model = _transferred(shape, loaded.learngene_rank, config, found.classes)
+            model = _transferred(shape, loaded.learngene_rank, loaded.tailor_rank, config, found.classes)
     objective = transfer_objective(shape)
     assert model.structure is not None
-    what = f"learngene rank {model.structure['rank']} (frozen), {what}"
-    return _plan(model, what, found, objective, config.train, flip=config.data.flip, to_measure=to_measure)
+    rank, finished = model.structure["rank"], model
+    if config.trains == "mixture":
+        finished = _transferred(shape, rank, config.rank, replace(config, trains="components"), found.classes)
+    what = f"learngene rank {rank} (frozen), {what}"
+    return _plan(
+        model,
+        what,
+        found,
+        objective,
+        config.train,
+        flip=config.data.flip,
+        to_measure=to_measure,
+        finished=finished,
+    )
 
 
 def expected(data: DataConfig) -> Expected:
@@ -200,19 +215,22 @@ def _fill_(model: DiT, table: list[list[int]]) -> None:
         parameter.normal_(std=0.02)
 
 
-def _transferred(shape: DiTConfig, learngene_rank: int, config: TransferConfig, classes: ClassSet) -> DiT:
-    """The model that trains at transfer, without values."""
+def _transferred(
+    shape: DiTConfig, learngene_rank: int, tailor_rank: int, config: TransferConfig, classes: ClassSet
+) -> DiT:
+    """The model that trains at transfer, without values. tailor_rank: of the parts, for a mixture of them."""
     fields = {name: getattr(shape, name) for name in shape.__dataclass_fields__}
     shape = DiTConfig(**fields | {"num_classes": len(classes)})
     for matrix in config.targets:
         check_rank(config.rank, matrix, shape, what="tailor")
     slots, width = sizes_of(slots_by_share(len(classes), config.share))
+    mixes = config.mixes if config.trains == "mixture" else 0
     structure = Structure(
-        rank=learngene_rank, tailor_rank=config.rank, slots=slots, gate_width=width, targets=config.targets,
-        gated=config.trains == "gate",
+        rank=learngene_rank, tailor_rank=mixes * tailor_rank or config.rank, slots=slots, gate_width=width,
+        targets=config.targets, mixes=mixes,
     )  # fmt: skip
     with torch.device("meta"):
-        return freeze_learngenes(empty(shape, classes, structure), config.train_also, config.trains)
+        return freeze_learngenes(empty(shape, classes, structure), config.train_also)
 
 
 def _plan(
@@ -224,8 +242,10 @@ def _plan(
     *,
     flip: bool,
     to_measure: Callable[[torch.device], DiT] | None,
+    finished: DiT | None = None,
 ) -> Plan:
-    cost, shape, device = total(cost_table(model)), model.config, device_of(config.device)
+    """finished: what the model that trains becomes, where that is another."""
+    cost, shape, device = total(cost_table(finished or model)), model.config, device_of(config.device)
     images = config.batch // (place()[1] * config.accumulate)
     seen = config.steps * config.batch
     epochs = "" if found.samples is None else f", {seen / len(found.samples):.1f} epochs"
@@ -234,7 +254,7 @@ def _plan(
         model=f"width {shape.width}, depth {shape.depth}, {shape.tokens} tokens, {len(found.classes)} classes, {what}, "
         f"{shape.objective} objective",
         parameters=cost.parameters,
-        trainable=cost.trainable,
+        trainable=total(cost_table(model)).trainable,
         macs=cost.macs,
         dense_macs=sum(closed_macs(shape).values()),
         memory=memory(model, config, images, device),

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kindiff.components import Components, load_autoencoder, load_components
+from kindiff.components import Components, decompose, load_autoencoder, load_components, mixture
 from kindiff.config import DiTConfig, ObjectiveConfig, TransferConfig
 from kindiff.data import open_samples
 from kindiff.data.sets import SampleSet
@@ -50,10 +50,10 @@ def transfer(parts_directory: str | Path, config: TransferConfig, out: str | Pat
             if model is None:
                 say(f"{run.folder} is finished already")
                 return DiTPipeline.from_pretrained(run.model)
-            trained = DiTPipeline(
-                fit(model, samples, transfer_objective(parts.config), config.train, run, config.data.flip),
-                load_autoencoder(parts_directory),
-            )
+            model = fit(model, samples, transfer_objective(parts.config), config.train, run, config.data.flip)
+            if config.trains == "mixture":
+                model = decompose(model).with_tailor_rank(config.rank).recombine(layers="factored")
+            trained = DiTPipeline(model, load_autoencoder(parts_directory))
             ranks.on_first(lambda: trained.save_pretrained(run.model))
             return DiTPipeline.from_pretrained(run.model)
 
@@ -70,29 +70,40 @@ def transfer_objective(shape: DiTConfig) -> ObjectiveConfig:
 
 def model_to_train(parts: Components, samples: SampleSet, config: TransferConfig) -> DiT:
     """The parts' learngenes with fresh tailors for the samples' classes, as the config asks for them."""
-    nearest = nearest_classes(parts, samples, seed=config.train.seed) if config.init == "nearest" else None
+    found: dict[str, list[str]] = {}
+    if config.init == "nearest":
+        if not parts.classes:
+            raise UsageError("no tailor to start from: these parts hold learngenes only; set init fresh.")
+        found = nearest_classes(parts, samples, seed=config.train.seed)
+    if config.trains == "mixture":
+        if config.mixes > len(parts.classes):
+            raise UsageError(
+                f"a mixture of {config.mixes} tailors is asked for and the parts hold {len(parts.classes)}; set mixes "
+                "to that or less."
+            )
+        nearest = {name: names[: config.mixes] for name, names in found.items()}
+        return mixture(parts, nearest, targets=config.targets, train_also=config.train_also)
     return parts.with_new_tailors(
         samples.classes.names,
         rank=config.rank,
         share=config.share,
         targets=config.targets,
-        nearest=nearest,
-        trains=config.trains,
+        nearest={name: names[0] for name, names in found.items()},
         train_also=config.train_also,
         seed=config.train.seed,
     )
 
 
 @torch.inference_mode()
-def nearest_classes(parts: Components, samples: SampleSet, *, seed: int) -> dict[str, str]:
-    """For each new class the existing class whose tailor denoises its images best (lowest loss).
+def nearest_classes(parts: Components, samples: SampleSet, *, seed: int) -> dict[str, list[str]]:
+    """For each new class the existing ones, first those whose tailors denoise its images best (lowest loss).
 
     All classes are compared on the same images, noise and timesteps, so the choice is a function of its
     arguments.
     """
     model = parts.recombine().eval()
     loss = loss_of(parts.config)
-    chosen: dict[str, str] = {}
+    chosen: dict[str, list[str]] = {}
     with Track("finding the nearest tailors", len(samples.classes), unit="classes") as track:
         for c, name in enumerate(samples.classes.names):
             indices = np.flatnonzero(samples.labels == c)[:PROBES]
@@ -105,7 +116,7 @@ def nearest_classes(parts: Components, samples: SampleSet, *, seed: int) -> dict
                 ids = torch.full((len(x_0),), i)
                 predict = partial(_predict, model, ids)
                 losses.append(float(loss(predict, x_0, noise, u_B).mean()))
-            chosen[name] = parts.classes[int(np.argmin(losses))]
+            chosen[name] = [parts.classes[i] for i in np.argsort(losses, kind="stable")]
             track.advance(1)
     return chosen
 
