@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kindiff.components.fused import FusedProducts
@@ -30,6 +31,9 @@ def products(layers: Sequence[ComponentLinear], x_BTI: Tensor, gating: Gating | 
     All layers have tailors or none has; `kindiff.components.strategy` says how those are computed.
     """
     dtype = x_BTI.dtype
+    if layers[0].has_tailors and layers[0].mixes:
+        assert gating is not None, "a layer with tailors needs a gate"
+        return [_mixed(layer, x_BTI, gating) for layer in layers]
     us = [layer.u * layer.sigma.unsqueeze(1) for layer in layers]
     vs: list[Tensor] = [layer.v for layer in layers]
     biases = [None if layer.bias is None else layer.bias.to(dtype) for layer in layers]
@@ -62,6 +66,23 @@ def add_tailors(layer: ComponentLinear, y_BTO: Tensor, x_BTI: Tensor, gating: Ga
     """y plus each sample's tailors, for learngenes that were computed by themselves."""
     u_BMO, v_BMI = _gather(layer, gating, x_BTI.dtype)
     return torch.baddbmm(y_BTO, torch.bmm(x_BTI, v_BMI.transpose(1, 2)), u_BMO)
+
+
+def _mixed(layer: ComponentLinear, x_BTI: Tensor, gating: Gating) -> Tensor:
+    """y (B, T, O) of a layer whose slots are mixtures. Their components are frozen and many: so the weights are not put
+    into U, whose gradient nobody asks for, but onto the products with V."""
+    dtype, (slots_BK, weights_BK) = x_BTI.dtype, gating
+    bank = layer.tailors
+
+    def own(bank_SN: Tensor) -> Tensor:  # (B, M, ...)
+        return bank_SN.index_select(0, slots_BK.flatten()).unflatten(0, slots_BK.shape).flatten(1, 2)
+
+    scale_BM = own(bank.sigma) * weights_BK.repeat_interleave(bank.sigma.shape[1], dim=1)
+    h_BTM = torch.bmm(x_BTI, own(bank.v.to(dtype)).mT) * scale_BM.to(dtype).unsqueeze(1)
+    u_OR = (layer.u * layer.sigma.unsqueeze(1)).T.to(dtype)
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    y_BTO = F.linear(F.linear(x_BTI, layer.v.to(dtype)), u_OR, bias)
+    return torch.baddbmm(y_BTO, h_BTM, own(bank.u.to(dtype)))
 
 
 def _gather(layer: ComponentLinear, gating: Gating, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
