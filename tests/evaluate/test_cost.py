@@ -73,5 +73,5 @@ def test_a_design_of_a_mixture_trains_weights_alone() -> None:
             trains="tailors", mixes=8,
         )
     )  # fmt: skip
-    assert total(cost_table(model)).trainable == (10 * 12 * 6 + 11) * 8
+    assert total(cost_table(model)).trainable == 10 * (12 * 6 + 1) * 8
     assert total(cost_table(model)).macs == counted_macs(model)

@@ -51,7 +51,7 @@ def freeze_learngenes(model: DiT, train_also: tuple[Literal["bias", "final"], ..
     """Only tailors (of a mixture their weights), class embeddings and what `train_also` names require gradients;
     in place."""
     assert model.structure is not None
-    tailor = "tailor_mix" if model.structure["mixes"] else "tailor_"
+    tailor = "tailor_mix" if model.structure["gate"] == "mixture" else "tailor_"
     matrices = {name for name, _ in model.named_matrices()}
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")

@@ -15,7 +15,7 @@ from torch import nn
 from kindiff.classes import ClassSet, shorten
 from kindiff.components import algebra
 from kindiff.components.embedding import MixedEmbedding
-from kindiff.components.gates import SoftGate, TableGate
+from kindiff.components.gates import MixtureGate, SoftGate, TableGate
 from kindiff.components.linear import ComponentLinear
 from kindiff.config import MATRICES, DiTConfig, KindConfig, Share, from_dict, to_dict
 from kindiff.errors import UsageError
@@ -32,15 +32,12 @@ class Structure:
     """Components of a tailor slot."""
     slots: int
     """Tailor slots."""
-    gate: Literal["table", "soft"] = "table"
-    """How ids choose slots."""
+    gate: Literal["table", "soft", "mixture"] = "table"
+    """How ids choose slots. mixture: as a table says; each class weighs them in each matrix (training of a mixture)."""
     gate_width: int = 1
-    """Slots per sample of a table gate."""
+    """Slots per sample of a table or mixture gate."""
     targets: tuple[str, ...] = MATRICES
     """The matrices that have tailors."""
-    mixes: int = 0
-    """Known tailors that a slot holds, and embeddings that a class's is a sum of, with a weight for each: a mixture in
-    training. 0: tailors and embeddings of their own."""
 
     def __post_init__(self) -> None:
         if min(self.tailor_rank, self.slots) < 0 or self.gate_width < 1 or (self.rank or 1) < 1:
@@ -49,10 +46,8 @@ class Structure:
             raise UsageError(f"a structure has ranks up to {2**14} and slots up to {2**21}, not {self}.")
         if unknown := set(self.targets) - set(MATRICES):
             raise UsageError(f"target {min(unknown)!r} is no matrix of a block; use {MATRICES}.")
-        if self.mixes < 0 or self.tailor_rank % (self.mixes or 1):
-            raise UsageError(
-                f"a mixture's slots hold the same number of components of each tailor, not {self}."
-            )
+        if self.gate == "mixture" and self.rank is None:
+            raise UsageError("a mixture has learngenes as components; set a rank.")
 
 
 def build(config: DiTConfig, classes: ClassSet, structure: dict[str, Any]) -> DiT:
@@ -71,17 +66,18 @@ def empty(config: DiTConfig, classes: ClassSet, structure: Structure) -> DiT:
             rank=structure.rank,
             slots=structure.slots,
             tailor_rank=structure.tailor_rank if matrix in structure.targets else 0,
-            mixes=structure.mixes,
+            mix=(len(classes), structure.gate_width) if structure.gate == "mixture" else None,
         )
 
-    gate: nn.Module = (
-        SoftGate(len(classes), structure.slots, config.width)
-        if structure.gate == "soft"
-        else TableGate(len(classes), structure.gate_width)
-    )
+    gate: nn.Module
+    if structure.gate == "soft":
+        gate = SoftGate(len(classes), structure.slots, config.width)
+    else:
+        table = MixtureGate if structure.gate == "mixture" else TableGate
+        gate = table(len(classes), structure.gate_width)
     model = DiT(config, classes=classes, linear=linear, gate=gate, structure=to_dict(structure))
-    if structure.mixes:
-        embedding = MixedEmbedding(len(classes) + 1, structure.mixes, config.width)
+    if structure.gate == "mixture":
+        embedding = MixedEmbedding(len(classes), structure.gate_width, config.width)
         model.class_embed = embedding  # type: ignore[assignment]  # it has rows as well
     return model
 

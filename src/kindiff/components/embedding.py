@@ -13,22 +13,23 @@ from torch import Tensor, nn
 class MixedEmbedding(nn.Module):
     """Each class's row a weighted sum of known rows, of which only the weights train; the null row stays as it is.
 
-    Parameters start unset: `mixture` or a checkpoint fills them.
+    Values start unset: `mixture` or a checkpoint fills them.
     """
 
-    known_RKD: Tensor
+    known_CKD: Tensor
+    null_D: Tensor
 
-    def __init__(self, rows: int, mixes: int, width: int) -> None:
-        """rows: C + 1, the last for the null class, of whose known rows the first is its own."""
+    def __init__(self, classes: int, mixes: int, width: int) -> None:
         super().__init__()
-        self.register_buffer("known_RKD", torch.empty(rows, mixes, width))
-        self.mix = nn.Parameter(torch.empty(rows, mixes))
+        self.register_buffer("known_CKD", torch.empty(classes, mixes, width))
+        self.register_buffer("null_D", torch.empty(width))
+        self.tailor_mix = nn.Parameter(torch.empty(classes, mixes))
 
     @property
     def weight(self) -> Tensor:
         """(C + 1, D): what a table of embeddings would hold."""
-        rows_CD = (self.known_RKD[:-1] * self.mix[:-1].unsqueeze(2)).sum(dim=1)
-        return torch.cat([rows_CD, self.known_RKD[-1, :1]])
+        rows_CD = (self.known_CKD * self.tailor_mix.unsqueeze(2)).sum(dim=1)
+        return torch.cat([rows_CD, self.null_D.unsqueeze(0)])
 
     def forward(self, ids_B: Tensor) -> Tensor:
         return F.embedding(ids_B, self.weight)

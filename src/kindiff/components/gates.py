@@ -45,6 +45,21 @@ class TableGate(nn.Module):
         return torch.unique(self.slots_CK[ids_B][on])
 
 
+class MixtureGate(TableGate):
+    """A table whose slots are known classes' tailors: how much of each a class has, every matrix says for itself.
+
+    What a step trains are rows of classes, not slots.
+    """
+
+    def forward(self, ids_B: Tensor, e_BD: Tensor) -> Gating:
+        last = len(self.slots_CK) - 2  # the null class's weights are zero, whatever row it reads
+        return Gating(self.slots_CK[ids_B], self.weights_CK[ids_B], ids_B.clamp(max=last))
+
+    def slots_on(self, ids_B: Tensor) -> Tensor:
+        """The classes of a batch of ids, each once, without the null class."""
+        return torch.unique(ids_B[ids_B < len(self.slots_CK) - 1])
+
+
 class SoftGate(nn.Module):
     """One weight a tailor, softmax(MLP(class embedding)), for all layers and matrices (DivControl)."""
 

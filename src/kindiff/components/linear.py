@@ -25,8 +25,8 @@ class ComponentLinear(nn.Module):
     """y = W(c) x + bias with W(c) = sum_i sigma_i u_i v_i^T over the components that are on (KIND eq. 1, 2).
 
     Only those components are computed: cost follows the active rank, never the number of slots. With
-    `rank=None` the learngenes are folded into one dense weight (cheaper above rank I O / (I + O)). With `mixes` a slot
-    holds the components of so many known tailors, one after the other, and a weight for each of them.
+    `rank=None` the learngenes are folded into one dense weight (cheaper above rank I O / (I + O)). With `mix` each
+    class weighs its slots in this matrix: parameter `tailor_mix`, (C, K), times the gate's weights.
     Parameters start unset: `factorize`, `recombine` or a checkpoint fills them.
     """
 
@@ -38,7 +38,7 @@ class ComponentLinear(nn.Module):
         rank: int | None,
         slots: int,
         tailor_rank: int,
-        mixes: int = 0,
+        mix: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         if rank is None:
@@ -56,18 +56,19 @@ class ComponentLinear(nn.Module):
             self.tailor_u = nn.Parameter(torch.empty(slots, tailor_rank, features_out))
             self.tailor_sigma = nn.Parameter(torch.empty(slots, tailor_rank))
             self.tailor_v = nn.Parameter(torch.empty(slots, tailor_rank, features_in))
-        self.mixes = mixes if self.has_tailors else 0
-        if self.mixes:
-            self.tailor_mix = nn.Parameter(torch.empty(slots, mixes))
+        self.tailor_mix = nn.Parameter(torch.empty(mix)) if mix is not None and self.has_tailors else None
 
     @property
     def tailors(self) -> Factors:
-        """The bank: u (S, N, O), sigma (S, N), as a mixture weighs it, v (S, N, I); where there are tailors."""
-        sigma_SN: Tensor = self.tailor_sigma
-        if self.mixes:
-            each = sigma_SN.shape[1] // self.mixes
-            sigma_SN = sigma_SN * self.tailor_mix.repeat_interleave(each, dim=1)
-        return Factors(self.tailor_u, sigma_SN, self.tailor_v)
+        """The bank: u (S, N, O), sigma (S, N), v (S, N, I); only a layer that has tailors has one."""
+        return Factors(self.tailor_u, self.tailor_sigma, self.tailor_v)
+
+    def weigh(self, gating: Gating) -> Gating:
+        """The gating as this matrix has it."""
+        if self.tailor_mix is None:
+            return gating
+        assert gating.ids_B is not None, "a mixture's weights are its classes'"
+        return gating._replace(weights_BK=gating.weights_BK * self.tailor_mix[gating.ids_B])
 
     def forward(self, x_BTI: Tensor, gating: Gating | None) -> Tensor:
         return self.together([self], x_BTI, gating)[0]
@@ -92,7 +93,7 @@ class ComponentLinear(nn.Module):
         if gating is None or not self.has_tailors:
             return self.weight if self.rank is None else (self.u.T * self.sigma) @ self.v
         weight_OI: Tensor = self.weight if self.rank is None else (self.u.T * self.sigma) @ self.v
-        slots_K, weights_K = gating.slots_BK[sample], gating.weights_BK[sample]
+        slots_K, weights_K = gating.slots_BK[sample], self.weigh(gating).weights_BK[sample]
         u_KNO, sigma_KN, v_KNI = (bank[slots_K] for bank in self.tailors)
         scale_M = (sigma_KN * weights_K.unsqueeze(1)).flatten()
         return weight_OI + (u_KNO.flatten(0, 1).T * scale_M) @ v_KNI.flatten(0, 1)

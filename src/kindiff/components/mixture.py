@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 
 from kindiff.classes import ClassSet
-from kindiff.components.algebra import Factors
-from kindiff.components.assembly import fill_slot_, freeze_learngenes, named_factors
+from kindiff.components.assembly import freeze_learngenes
 from kindiff.components.build import Structure, empty
-from kindiff.components.parts import EMBEDDING, NULL_EMBEDDING, Components, with_classes
+from kindiff.components.gates import TableGate
+from kindiff.components.parts import GATE, Components, with_classes
 from kindiff.config import MATRICES, from_dict
 from kindiff.errors import UsageError
 from kindiff.models.dit import DiT
@@ -40,40 +40,28 @@ def mixture(
     count = len(next(iter(nearest.values())))
     if not count or any(len(names) != count for names in nearest.values()):
         raise UsageError("each class of a mixture mixes the same number of known classes, one or more.")
-    shapes = {matrix: parts.config.matrix_shape(matrix) for matrix in targets}
-    tailors = {}
-    for name, sources in nearest.items():
-        known.ids(tuple(sources))
-        tailors[name] = {EMBEDDING: parts.tailors[sources[0]][EMBEDDING]}
-        for matrix, (features_out, features_in) in shapes.items():
-            for i in range(parts.config.depth):
-                room = (count, parts.tailor_rank)
-                bank = Factors(
-                    torch.empty(*room, features_out), torch.empty(room), torch.empty(*room, features_in)
-                )
-                for slot, source in enumerate(sources):
-                    fill_slot_(bank, slot, parts.tailors[source], f"blocks.{i}.{matrix}")
-                own = Factors(*(tensor.flatten(0, 1) for tensor in bank))
-                tailors[name] |= named_factors(f"blocks.{i}.{matrix}", own)
+    used = ClassSet(tuple(dict.fromkeys(source for names in nearest.values() for source in names)))
+    known.ids(used.names)
     config = with_classes(parts.config, len(wanted))
-    plain = dataclasses.replace(parts, config=config, targets=targets, tailors=tailors).recombine(
-        layers="factored"
-    )
-    assert plain.structure is not None
-    structure = dataclasses.replace(from_dict(Structure, plain.structure), mixes=count)
+    bank = dataclasses.replace(parts, targets=targets).recombine(used.names, layers="factored")
+    assert bank.structure is not None
+    structure = dataclasses.replace(from_dict(Structure, bank.structure), gate="mixture", gate_width=count)
     with torch.device("meta"):
         model = empty(config, wanted, structure)
-    state = plain.state_dict()
-    del state["class_embed.weight"]
-    null = parts.learngenes[NULL_EMBEDDING]
-    rows = [torch.stack([parts.tailors[source][EMBEDDING] for source in names]) for names in nearest.values()]
-    first = torch.zeros(len(wanted) + 1, count, dtype=null.dtype)
+    places = [used.ids(tuple(names)) for names in nearest.values()]
+    rows = bank.class_embed.weight
+    first = torch.zeros(len(wanted), count, dtype=rows.dtype)
     first[:, 0] = 1.0
-    state["class_embed.known_RKD"] = torch.stack([*rows, null.expand(count, -1)])
-    state["class_embed.mix"] = first
-    state |= {
-        f"{name}.tailor_mix": first[:-1].clone() for name, layer in model.named_matrices() if layer.mixes
+    state = {
+        name: tensor
+        for name, tensor in bank.state_dict().items()
+        if not name.startswith(("class_embed.", GATE))
     }
+    gate = TableGate(len(wanted), count).fill_(places)
+    state |= {GATE + name: tensor for name, tensor in gate.state_dict().items()}
+    state["class_embed.known_CKD"] = torch.stack([rows[ids] for ids in places])
+    state["class_embed.null_D"] = rows[-1].clone()
+    state |= {name: first.clone() for name in model.state_dict() if name.endswith("tailor_mix")}
     model.load_state_dict(state, assign=True)
     model.set_positions_()
     return freeze_learngenes(model, train_also)

@@ -31,9 +31,10 @@ def products(layers: Sequence[ComponentLinear], x_BTI: Tensor, gating: Gating | 
     All layers have tailors or none has; `kindiff.components.strategy` says how those are computed.
     """
     dtype = x_BTI.dtype
-    if layers[0].has_tailors and layers[0].mixes:
+    if layers[0].has_tailors and layers[0].tailor_mix is not None:
         assert gating is not None, "a layer with tailors needs a gate"
-        return [_mixed(layer, x_BTI, gating) for layer in layers]
+        joined = strategy_of(layers, gating, dtype).name == "joined"
+        return [_mixed(layer, x_BTI, gating, joined=joined) for layer in layers]
     us = [layer.u * layer.sigma.unsqueeze(1) for layer in layers]
     vs: list[Tensor] = [layer.v for layer in layers]
     biases = [None if layer.bias is None else layer.bias.to(dtype) for layer in layers]
@@ -50,9 +51,8 @@ def products(layers: Sequence[ComponentLinear], x_BTI: Tensor, gating: Gating | 
                 return list(FusedProducts.apply(x_BTI, _stack(vs).to(dtype), v_own, *us, *biases, *own))
         else:
             mask_B1J = _columns(layers[0], gating).unsqueeze(1).to(dtype)
-            banks = [layer.tailors for layer in layers]
-            bank = [(u * sigma.unsqueeze(2)).flatten(0, 1) for u, sigma, _ in banks]
-            v_bank = [v.flatten(0, 1) for _, _, v in banks]
+            bank = [(layer.tailor_u * layer.tailor_sigma.unsqueeze(2)).flatten(0, 1) for layer in layers]
+            v_bank = [layer.tailor_v.flatten(0, 1) for layer in layers]
             if layers[0].u.requires_grad:
                 us = [torch.cat(pair) for pair in zip(us, bank, strict=True)]
                 vs = [v for pair in zip(vs, v_bank, strict=True) for v in pair]
@@ -68,31 +68,34 @@ def add_tailors(layer: ComponentLinear, y_BTO: Tensor, x_BTI: Tensor, gating: Ga
     return torch.baddbmm(y_BTO, torch.bmm(x_BTI, v_BMI.transpose(1, 2)), u_BMO)
 
 
-def _mixed(layer: ComponentLinear, x_BTI: Tensor, gating: Gating) -> Tensor:
-    """y (B, T, O) of a layer whose slots are mixtures. Their components are frozen and many: so the weights are not put
-    into U, whose gradient nobody asks for, but onto the products with V."""
-    dtype, (slots_BK, weights_BK) = x_BTI.dtype, gating
-    bank = layer.tailors
-
-    def own(bank_SN: Tensor) -> Tensor:  # (B, M, ...)
-        return bank_SN.index_select(0, slots_BK.flatten()).unflatten(0, slots_BK.shape).flatten(1, 2)
-
-    scale_BM = own(bank.sigma) * weights_BK.repeat_interleave(bank.sigma.shape[1], dim=1)
-    h_BTM = torch.bmm(x_BTI, own(bank.v.to(dtype)).mT) * scale_BM.to(dtype).unsqueeze(1)
+def _mixed(layer: ComponentLinear, x_BTI: Tensor, gating: Gating, *, joined: bool) -> Tensor:
+    """y (B, T, O) of a layer whose classes weigh known tailors. Those are frozen: so the weights are not put into U,
+    whose gradient nobody asks for, but onto the products with V. joined: of the whole bank."""
+    dtype = x_BTI.dtype
     u_OR = (layer.u * layer.sigma.unsqueeze(1)).T.to(dtype)
     bias = None if layer.bias is None else layer.bias.to(dtype)
     y_BTO = F.linear(F.linear(x_BTI, layer.v.to(dtype)), u_OR, bias)
-    return torch.baddbmm(y_BTO, h_BTM, own(bank.u.to(dtype)))
+    own, bank = layer.weigh(gating), layer.tailors
+    if joined:
+        scale_BJ = _columns(layer, own) * bank.sigma.flatten()
+        h_BTJ = F.linear(x_BTI, bank.v.flatten(0, 1).to(dtype)) * scale_BJ.to(dtype).unsqueeze(1)
+        return y_BTO + F.linear(h_BTJ, bank.u.flatten(0, 1).T.to(dtype))
+    u_BKNO, sigma_BKN, v_BKNI = (_of_slots(tensor, own.slots_BK) for tensor in bank)
+    scale_BM = (sigma_BKN * own.weights_BK.unsqueeze(2)).flatten(1)
+    h_BTM = torch.bmm(x_BTI, v_BKNI.flatten(1, 2).to(dtype).mT) * scale_BM.to(dtype).unsqueeze(1)
+    return torch.baddbmm(y_BTO, h_BTM, u_BKNO.flatten(1, 2).to(dtype))
 
 
 def _gather(layer: ComponentLinear, gating: Gating, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Each sample's own tailors: u (B, M, O), scaled by sigma and the gate, and v (B, M, I)."""
-    slots_BK, weights_BK = gating
-    u_BKNO, sigma_BKN, v_BKNI = (  # unlike indexing, index_select has a backward pass of one operation
-        bank.index_select(0, slots_BK.flatten()).unflatten(0, slots_BK.shape) for bank in layer.tailors
-    )
-    u_BMO = (u_BKNO * (sigma_BKN * weights_BK.unsqueeze(2)).unsqueeze(3)).flatten(1, 2)
+    u_BKNO, sigma_BKN, v_BKNI = (_of_slots(bank, gating.slots_BK) for bank in layer.tailors)
+    u_BMO = (u_BKNO * (sigma_BKN * gating.weights_BK.unsqueeze(2)).unsqueeze(3)).flatten(1, 2)
     return u_BMO.to(dtype), v_BKNI.flatten(1, 2).to(dtype)
+
+
+def _of_slots(bank: Tensor, slots_BK: Tensor) -> Tensor:
+    """A bank's rows, (B, K, N, ...); unlike indexing, index_select has a backward pass of one operation."""
+    return bank.index_select(0, slots_BK.flatten()).unflatten(0, slots_BK.shape)
 
 
 def _columns(layer: ComponentLinear, gating: Gating) -> Tensor:

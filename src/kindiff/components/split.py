@@ -39,7 +39,7 @@ def decompose(model: DiT) -> Components:
         tensors = {EMBEDDING: rows[i].clone()}
         for matrix, layer in matrices.items():
             if isinstance(layer, ComponentLinear) and layer.has_tailors:
-                slots_K, weights_K = gating.slots_BK[i], gating.weights_BK[i]
+                slots_K, weights_K = gating.slots_BK[i], layer.weigh(gating).weights_BK[i]
                 u_KNO, sigma_KN, v_KNI = (bank[slots_K] for bank in layer.tailors)
                 scale_KN = sigma_KN * weights_K.unsqueeze(1)
                 own = Factors(u_KNO.flatten(0, 1), scale_KN.flatten(), v_KNI.flatten(0, 1))

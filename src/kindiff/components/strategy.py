@@ -35,6 +35,8 @@ JOINED_COLUMNS = {("cpu", torch.float32): 40, ("cpu", torch.bfloat16): 112}
 product costs as much whatever its few columns are. Measured: `python benchmarks/strategies.py`."""
 UNMEASURED_COLUMNS = 16
 """The same for other devices, until it is measured there."""
+MIXED_SLOTS = 2
+"""Slots of a mixture's bank, for each that a sample has, up to which all of them together are faster."""
 FACTORED_SHARE = 0.85
 """Learngenes are kept as components while these take at most this share of the dense matrices' multiplications: thin
 products are less efficient. Measured by the same command, in fp32 on a CPU."""
@@ -61,6 +63,7 @@ def strategy_of(layers: Sequence[ComponentLinear], gating: Gating, dtype: torch.
         dtype=dtype,
         training=torch.is_grad_enabled() and layer.tailor_u.requires_grad,
         weights_train=gating.weights_BK.requires_grad,
+        mixed=torch.is_grad_enabled() and layer.tailor_mix is not None,
         fits=len({each.rank for each in layers}) == 1 and fused.fits(layer.rank, on * components, dtype),
     )
 
@@ -75,6 +78,7 @@ def choose(
     dtype: torch.dtype,
     training: bool,
     weights_train: bool = False,
+    mixed: bool = False,
     fits: bool = False,
 ) -> Strategy:
     """The rule itself. slots: S of the bank; components: N of a slot; on: K; fits: `fused.fits`."""
@@ -88,6 +92,10 @@ def choose(
         return Strategy(own, "the gate's weights train, and a mask has no gradient")
     if wanted != "auto":
         return Strategy(wanted, "asked for")
+    if mixed:
+        if slots <= MIXED_SLOTS * on:
+            return Strategy("joined", f"a mixture: each class has {on} of {slots} tailors")
+        return Strategy("gathered", f"a mixture: each class has but {on} of {slots} tailors")
     if not training:
         return Strategy(own, "no tailor trains: equal to the bit for any set of classes")
     limit = JOINED_COLUMNS.get((device, dtype), UNMEASURED_COLUMNS) * on

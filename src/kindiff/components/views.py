@@ -19,6 +19,7 @@ from kindiff.components.gates import TableGate
 from kindiff.components.linear import ComponentLinear
 from kindiff.errors import UsageError
 from kindiff.models.dit import DiT
+from kindiff.models.layers import Gating
 
 SHUFFLES = 2000
 """Random groupings that `relatedness` compares with."""
@@ -59,7 +60,7 @@ def inner(a: Factors, b: Factors) -> Tensor:
 @torch.no_grad()
 def energies(model: DiT) -> dict[str, Energy]:
     """The energy of learngenes and tailors in every matrix, by the matrix's full name. UsageError for a dense model."""
-    weights_CS = _gate_weights(model)
+    gating = _gating(model)
     found = {}
     for name, layer in model.named_matrices():
         assert isinstance(layer, ComponentLinear)
@@ -68,7 +69,7 @@ def energies(model: DiT) -> dict[str, Energy]:
         else:
             own = _double(layer.u, layer.sigma, layer.v)
             common = inner(own, own)
-        gram_CC = _tailor_gram(layer, weights_CS)
+        gram_CC = _tailor_gram(layer, gating)
         found[name] = Energy(float(common), float(gram_CC.diagonal().mean()))
     return found
 
@@ -79,11 +80,11 @@ def tailor_cosines(model: DiT) -> Tensor:
 
     A tailor that is zero has cosine 0 with every tailor. UsageError for a dense model.
     """
-    weights_CS = _gate_weights(model)
-    gram_CC = torch.zeros(len(weights_CS), len(weights_CS), dtype=torch.float64)
+    gating, classes = _gating(model), len(model.classes)
+    gram_CC = torch.zeros(classes, classes, dtype=torch.float64)
     for _, layer in model.named_matrices():
         assert isinstance(layer, ComponentLinear)
-        gram_CC += _tailor_gram(layer, weights_CS)
+        gram_CC += _tailor_gram(layer, gating)
     norms_C = gram_CC.diagonal().clamp(min=0).sqrt()
     size_CC = norms_C.outer(norms_C)
     return torch.where(size_CC > 0, gram_CC / size_CC, 0.0)
@@ -128,24 +129,27 @@ def exchange_tailors(model: DiT, partners: Sequence[int]) -> DiT:
     return new
 
 
-def _gate_weights(model: DiT) -> Tensor:
-    """(C, S) float64: how much of each slot each class has."""
+def _gating(model: DiT) -> Gating:
+    """The gating of all classes."""
     if model.structure is None or model.gate is None:
         raise UsageError(
             "the model has dense matrices; only a model made of components has parts to look at."
         )
     rows_CD = model.class_embed.weight[:-1]
-    slots_CK, weights_CK = model.gate(torch.arange(len(rows_CD), device=rows_CD.device), rows_CD)
-    weights_CS = torch.zeros(len(rows_CD), max(int(model.structure["slots"]), 1), dtype=torch.float64)
-    return weights_CS.scatter_add(1, slots_CK.cpu(), weights_CK.cpu().double())
+    gating: Gating = model.gate(torch.arange(len(rows_CD), device=rows_CD.device), rows_CD)
+    return gating
 
 
-def _tailor_gram(layer: ComponentLinear, weights_CS: Tensor) -> Tensor:
+def _tailor_gram(layer: ComponentLinear, gating: Gating) -> Tensor:
     """(C, C) inner products of the classes' tailors in one matrix."""
-    classes, slots = weights_CS.shape
+    classes = len(gating.slots_BK)
     if not layer.has_tailors:
         return torch.zeros(classes, classes, dtype=torch.float64)
     u, sigma, v = layer.tailors
+    slots = len(sigma)
+    weights_CS = torch.zeros(classes, slots, dtype=torch.float64).scatter_add(
+        1, gating.slots_BK.cpu(), layer.weigh(gating).weights_BK.cpu().double()
+    )
     bank = _double(u.flatten(0, 1), sigma.flatten(), v.flatten(0, 1))
     gram_SS = _products(bank, bank).unflatten(0, (slots, -1)).unflatten(2, (slots, -1)).sum(dim=(1, 3))
     return weights_CS @ gram_SS @ weights_CS.T

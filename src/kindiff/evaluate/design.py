@@ -25,8 +25,8 @@ def design(config: DesignConfig) -> DiT:
             return DiT(shape, classes=classes)
         slots, width = sizes_of(slots_by_share(config.classes, config.share))
         structure = Structure(
-            rank=config.learngene_rank, tailor_rank=config.tailor_rank * (config.mixes or 1), slots=slots,
-            gate_width=width, targets=config.targets, mixes=config.mixes,
+            rank=config.learngene_rank, tailor_rank=config.tailor_rank, slots=slots, targets=config.targets,
+            gate_width=config.mixes or width, gate="mixture" if config.mixes else "table",
         )  # fmt: skip
         model = empty(shape, classes, structure)
     if config.trains == "all":

@@ -21,11 +21,13 @@ MATRIX_UNITS = hasattr(torch.cpu, "get_capabilities") and bool(torch.cpu.get_cap
 class Gating(NamedTuple):
     """What a gate decides for a batch: which tailor slots are on for each sample, and how much.
 
-    slots_BK int64 slot numbers; weights_BK float32. A weight of zero switches the slot off.
+    slots_BK int64 slot numbers; weights_BK float32. A weight of zero switches the slot off. ids_B: the class ids, for
+    matrices that weigh slots by class.
     """
 
     slots_BK: Tensor
     weights_BK: Tensor
+    ids_B: Tensor | None = None
 
 
 class Linear(nn.Linear):

@@ -30,13 +30,10 @@ def memory(model: DiT, config: TrainConfig, images: int, device: torch.device) -
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     with_gradient = trained
-    if trained and isinstance(
-        model.gate, TableGate
-    ):  # of the banks, a step's slots alone have gradients; all are copied
+    if type(model.gate) is TableGate:  # of the banks, a step's slots alone have gradients, and are copied
+        banks = [p for n, p in model.named_parameters() if ".tailor_" in n and p.requires_grad]
         most = images * model.gate.slots_CK.shape[1]
-        for bank in (p for name, p in model.named_parameters() if ".tailor_" in name):
-            copied = min(len(bank), most) * bank[0].numel()
-            with_gradient += 2 * copied - bank.numel() if bank.requires_grad else copied
+        with_gradient += sum(2 * min(len(p), most) * p[0].numel() - p.numel() for p in banks)
     return {
         "weights": 4 * parameters,
         "gradients": 4 * with_gradient,
@@ -68,7 +65,8 @@ def activations(
         strategy = choose(
             "auto",
             slots=slots, components=structure.tailor_rank, on=on, device=device.type,
-            dtype=DTYPES[precision], training=rank > 0 and not structure.mixes, weights_train=structure.gate == "soft",
+            dtype=DTYPES[precision], training=rank > 0, weights_train=structure.gate == "soft",
+            mixed=structure.gate == "mixture",
             fits=fused.fits(structure.rank, on * structure.tailor_rank, DTYPES[precision]),
         ).name  # fmt: skip
         tailors = structure.tailor_rank * (slots if strategy == "joined" else on)

@@ -116,14 +116,14 @@ class Optimiser:
     def __init__(self, model: DiT, config: TrainConfig, *, alone: bool = True) -> None:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         tailors = {name: p for name, p in trained.items() if ".tailor_" in name}
-        classes = {name: p for name, p in trained.items() if name.startswith("class_embed.")}
+        classes = {n: p for n, p in trained.items() if n.startswith("class_embed.") and n not in tailors}
         self.shared = {n: p for n, p in trained.items() if n not in tailors and n not in classes}
         self.parameters = list(trained.values())
         self.config = config
         self.alone = alone
         # On the host, so that no step waits for the device to say which classes it has.
         self.gate = copy.deepcopy(model.gate).cpu() if isinstance(model.gate, TableGate) else model.gate
-        self.apart = Apart(model) if alone and tailors and isinstance(model.gate, TableGate) else None
+        self.apart = Apart(model) if alone and tailors and type(model.gate) is TableGate else None
         self.rows: list[nn.Parameter] = []
         """The step's tailors, while they stand apart from their banks."""
         self.tailors, self.classes = RowAdam(list(tailors.values())), RowAdam(list(classes.values()))

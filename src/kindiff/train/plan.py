@@ -13,6 +13,7 @@ from kindiff.components import load_components
 from kindiff.components.assembly import freeze_learngenes
 from kindiff.components.build import Structure, check_rank, empty, sizes_of, slots_by_share, structure_of
 from kindiff.components.gates import TableGate
+from kindiff.components.parts import with_classes
 from kindiff.config import (
     DataConfig,
     DiTConfig,
@@ -219,16 +220,17 @@ def _transferred(
     shape: DiTConfig, learngene_rank: int, tailor_rank: int, config: TransferConfig, classes: ClassSet
 ) -> DiT:
     """The model that trains at transfer, without values. tailor_rank: of the parts, for a mixture of them."""
-    fields = {name: getattr(shape, name) for name in shape.__dataclass_fields__}
-    shape = DiTConfig(**fields | {"num_classes": len(classes)})
+    known, shape = shape.num_classes, with_classes(shape, len(classes))
     for matrix in config.targets:
         check_rank(config.rank, matrix, shape, what="tailor")
     slots, width = sizes_of(slots_by_share(len(classes), config.share))
-    mixes = config.mixes if config.trains == "mixture" else 0
     structure = Structure(
-        rank=learngene_rank, tailor_rank=mixes * tailor_rank or config.rank, slots=slots, gate_width=width,
-        targets=config.targets, mixes=mixes,
-    )  # fmt: skip
+        rank=learngene_rank, tailor_rank=config.rank, slots=slots, gate_width=width, targets=config.targets
+    )
+    if config.trains == "mixture":  # of all known tailors at the most
+        structure = replace(
+            structure, tailor_rank=tailor_rank, slots=known, gate="mixture", gate_width=config.mixes
+        )
     with torch.device("meta"):
         return freeze_learngenes(empty(shape, classes, structure), config.train_also)
 
