@@ -11,7 +11,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -54,6 +54,7 @@ EQUAL = (
     ("dense", "fsdp"),
     ("soft", "ddp"),
 )
+TRAINS: tuple[Literal["components", "mixture"], ...] = ("components", "mixture")
 BAD, STOP = 3, 4
 """The steps of the number that is not finite and of the signal, on the second rank."""
 
@@ -162,7 +163,8 @@ def work(folder: Path, ranks: Ranks) -> None:
     shapes = folder / "shapes"
     for name, way in EQUAL:
         train_in_double(shapes, folder / f"{name}-{way}", ranks, name, **WAYS[way])
-    transfer(folder / "parts", transfer_config(folder), folder / "transfer-two")
+    for trains in TRAINS:
+        transfer(folder / "parts", transfer_config(folder, trains), folder / f"{trains}-two")
 
     for how in ("ddp", "fsdp"):
         config = settings(shapes, "", parallel=how, checkpoints={"ddp": "full", "fsdp": "sharded"}[how])
@@ -200,9 +202,11 @@ def features_of_samples(folder: Path, target: Path, ranks: Ranks) -> np.ndarray:
         store.SHARD = usual
 
 
-def transfer_config(folder: Path) -> TransferConfig:
+def transfer_config(folder: Path, trains: Literal["components", "mixture"]) -> TransferConfig:
     train = toy(folder / "new", **{**LOOP, "steps": 4, "precision": "fp32"}).train
-    return TransferConfig(data=DataConfig(source=str(folder / "new"), size=SIZE), rank=2, train=train)
+    data = DataConfig(source=str(folder / "new"), size=SIZE)
+    init = "fresh" if trains == "components" else "nearest"
+    return TransferConfig(data=data, rank=2, init=init, trains=trains, mixes=3, train=train)
 
 
 def prepare(folder: Path) -> None:

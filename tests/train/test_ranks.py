@@ -124,8 +124,9 @@ def test_bf16_and_transfer(folder: Path) -> None:
     pretrain(config, folder / "bf16-one")
     for one, other in zip(metrics(folder / "bf16-two"), metrics(folder / "bf16-one"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=0.02)
-    transfer(folder / "parts", rank_work.transfer_config(folder), folder / "transfer-one")
-    assert_equal_up_to(2e-5, folder / "transfer-two", folder / "transfer-one")
+    for trains in rank_work.TRAINS:
+        transfer(folder / "parts", rank_work.transfer_config(folder, trains), folder / f"{trains}-one")
+        assert_equal_up_to(2e-5, folder / f"{trains}-two", folder / f"{trains}-one")
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])

@@ -153,7 +153,7 @@ class Components:
                 tensors |= named_factors(matrix, blank)
             tailors[name] = tensors
         parts = dataclasses.replace(
-            self, config=with_classes(self.config, len(wanted)), targets=targets, tailors=tailors
+            self, config=shape_for(self.config, len(wanted)), targets=targets, tailors=tailors
         )
         model = parts._assemble(wanted, None, dense=False, share=share)
         return freeze_learngenes(model, train_also)
@@ -168,7 +168,7 @@ class Components:
         merged = ClassSet(self.classes + other.classes)
         return dataclasses.replace(
             self,
-            config=with_classes(self.config, len(merged)),
+            config=shape_for(self.config, len(merged)),
             targets=tuple(m for m in MATRICES if m in {*self.targets, *other.targets}),
             tailors={**self.tailors, **other.tailors},
         )
@@ -207,7 +207,7 @@ class Components:
         )
         dtype = self.learngenes[NULL_EMBEDDING].dtype
         with torch.device("meta"):
-            model = empty(with_classes(self.config, len(wanted)), wanted, structure)
+            model = empty(shape_for(self.config, len(wanted)), wanted, structure)
 
         def own(tensor: Tensor) -> Tensor:
             return tensor.detach().to("cpu", dtype, copy=copy)
@@ -245,6 +245,6 @@ def largest_rank(tailors: Iterable[Mapping[str, Tensor]]) -> int:
     return max((len(t) for own in tailors for key, t in own.items() if key.endswith(".sigma")), default=0)
 
 
-def with_classes(config: DiTConfig, count: int) -> DiTConfig:
+def shape_for(config: DiTConfig, count: int) -> DiTConfig:
     """The shape of the same model with another number of classes."""
     return dataclasses.replace(config, num_classes=count)

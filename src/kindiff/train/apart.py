@@ -18,6 +18,12 @@ from kindiff.components.gates import TableGate
 from kindiff.models.dit import DiT
 
 
+def padded(rows: Tensor, count: int) -> Tensor:
+    """At least `count` rows, if any, for shapes that stay the same: the first one again and again."""
+    lacking = max(count - len(rows), 0) if len(rows) else 0
+    return torch.cat([rows, rows[:1].expand(lacking)]) if lacking else rows
+
+
 class Apart:
     """A model's banks of tailors; `at` puts a step's rows in their place."""
 
@@ -38,9 +44,7 @@ class Apart:
         same from step to step; those repeat the first.
         """
         count = images * self.gate.slots_CK.shape[1]
-        rows = slots_n if len(slots_n) else slots_n.new_zeros(1)
-        if len(rows) < count:
-            rows = torch.cat([rows, rows[:1].expand(count - len(rows))])
+        rows = padded(slots_n if len(slots_n) else slots_n.new_zeros(1), count)
         place_S = rows.new_zeros(len(self.banks[0][2]))
         place_S[slots_n] = torch.arange(len(slots_n), device=rows.device)
         return rows, place_S

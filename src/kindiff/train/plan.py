@@ -13,7 +13,7 @@ from kindiff.components import load_components
 from kindiff.components.assembly import freeze_learngenes
 from kindiff.components.build import Structure, check_rank, empty, sizes_of, slots_by_share, structure_of
 from kindiff.components.gates import TableGate
-from kindiff.components.parts import with_classes
+from kindiff.components.parts import shape_for
 from kindiff.config import (
     DataConfig,
     DiTConfig,
@@ -115,8 +115,7 @@ def transfer_plan(parts: Path, config: TransferConfig) -> Plan:
     make them. Raises what the run itself would raise at its start."""
     found = expected(config.data)
     what = f"tailor rank {config.rank} for each {config.share}"
-    if config.trains == "mixture":
-        what = f"a mixture of {config.mixes} tailors for each class, at the end of rank {config.rank}"
+    what += f", cut from a mixture of {config.mixes}" if config.trains == "mixture" else ""
     to_measure: Callable[[torch.device], DiT] | None = None
     if parts.suffix == ".toml":
         recipe = load_recipe(parts, PretrainConfig)
@@ -220,7 +219,7 @@ def _transferred(
     shape: DiTConfig, learngene_rank: int, tailor_rank: int, config: TransferConfig, classes: ClassSet
 ) -> DiT:
     """The model that trains at transfer, without values. tailor_rank: of the parts, for a mixture of them."""
-    known, shape = shape.num_classes, with_classes(shape, len(classes))
+    known, shape = shape.num_classes, shape_for(shape, len(classes))
     for matrix in config.targets:
         check_rank(config.rank, matrix, shape, what="tailor")
     slots, width = sizes_of(slots_by_share(len(classes), config.share))

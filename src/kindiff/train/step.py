@@ -15,6 +15,7 @@ from kindiff.components.fused import TRITON
 from kindiff.config import TrainConfig
 from kindiff.data.batches import Batch
 from kindiff.diffusion import Loss
+from kindiff.train.apart import padded
 from kindiff.train.optimiser import Optimiser
 from kindiff.train.sharding import unshared, whole
 
@@ -94,10 +95,8 @@ class Step:
         if self._replay is None:
             self.optimiser.step(factor=factor, slots=slots, ids=ids)
             return
-        ids = torch.cat([ids, ids[:1].expand(self.config.batch - len(ids))])  # of one shape
-        if self._places:
-            slots = self._places[0]
-        inputs = (torch.tensor(factor), slots, ids)
+        slots = self._places[0] if self._places else padded(slots, self.config.batch)
+        inputs = (torch.tensor(factor), slots, padded(ids, self.config.batch))
         self._replay[1](*(tensor.to(self.device, non_blocking=True) for tensor in inputs))
 
     def _gradients(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
