@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from kindiff.errors import UsageError
 from kindiff.evaluate.cost import cost_table, counted_macs, total
 from kindiff.models import DiT
 from kindiff.train.optimiser import Optimiser
+from kindiff.train.transferring import model_to_train
 from toys import assert_same_tensors
 
 NEW = ("owl", "fox", "gnu")
@@ -153,6 +155,11 @@ def test_what_cannot_be_mixed_is_refused(parts: Components) -> None:
     ):
         with pytest.raises(UsageError, match="set init nearest, share class, mixes and rank"):
             TransferConfig(trains="mixture", **settings)
+    config = TransferConfig(init="nearest", trains="mixture", mixes=6)
+    with pytest.raises(UsageError, match="a mixture of 6 tailors is asked for and the parts hold 5"):
+        model_to_train(parts, None, config)
+    with pytest.raises(UsageError, match="these parts hold learngenes only"):
+        model_to_train(dataclasses.replace(parts, tailors={}), None, config)
 
 
 def test_files_hold_a_model_in_training(model: DiT, tmp_path: Path, inputs) -> None:

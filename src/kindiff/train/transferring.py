@@ -70,18 +70,17 @@ def transfer_objective(shape: DiTConfig) -> ObjectiveConfig:
 
 def model_to_train(parts: Components, samples: SampleSet, config: TransferConfig) -> DiT:
     """The parts' learngenes with fresh tailors for the samples' classes, as the config asks for them."""
-    found: dict[str, list[str]] = {}
-    if config.init == "nearest":
-        if not parts.classes:
-            raise UsageError("no tailor to start from: these parts hold learngenes only; set init fresh.")
-        found = nearest_classes(parts, samples, seed=config.train.seed)
-    if config.trains == "mixture":
-        if config.mixes > len(parts.classes):
-            raise UsageError(
-                f"a mixture of {config.mixes} tailors is asked for and the parts hold {len(parts.classes)}; set mixes "
-                "to that or less."
-            )
-        nearest = {name: names[: config.mixes] for name, names in found.items()}
+    if config.init == "nearest" and not parts.classes:
+        raise UsageError("no tailor to start from: these parts hold learngenes only; set init fresh.")
+    mixes = config.mixes if config.trains == "mixture" else 0
+    if mixes > len(parts.classes):
+        raise UsageError(
+            f"a mixture of {mixes} tailors is asked for and the parts hold {len(parts.classes)}; set mixes to that or "
+            "less."
+        )
+    found = nearest_classes(parts, samples, seed=config.train.seed) if config.init == "nearest" else {}
+    if mixes:
+        nearest = {name: names[:mixes] for name, names in found.items()}
         return mixture(parts, nearest, targets=config.targets, train_also=config.train_also)
     return parts.with_new_tailors(
         samples.classes.names,
