@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from conftest import NAMES
-from kindiff.components import Components, decompose, mixture
+from kindiff.components import Components, decompose, mixture, set_strategy_
+from kindiff.components.strategy import choose
 from kindiff.components.views import energies
 from kindiff.config import TrainConfig, TransferConfig
 from kindiff.errors import UsageError
@@ -97,6 +98,32 @@ def test_every_sample_sees_its_merged_matrices(model: DiT, inputs) -> None:
             target.weight.data = source.merged_weight(gating)
         alone = merged(x[i : i + 1].double(), t[i : i + 1], torch.tensor([class_id]))
         torch.testing.assert_close(found[i : i + 1], alone, rtol=0, atol=1e-10)
+
+
+def test_strategies_agree(model: DiT, inputs) -> None:
+    """The bank whole or each sample's own, outputs and every gradient, in float64; and the rule knows both."""
+    x, t, _ = inputs
+    found = []
+    for strategy in ("gathered", "joined"):
+        own = set_strategy_(copy.deepcopy(model).double(), strategy)
+        y = own(x.double(), t, torch.tensor([0, 1, 2, 3, 0, 2, 1]))
+        y.square().mean().backward()
+        found.append((y, {name: p.grad for name, p in own.named_parameters() if p.requires_grad}))
+    (y, gradients), (other, others) = found
+    torch.testing.assert_close(y, other, rtol=0, atol=1e-12)
+    for name, gradient in gradients.items():
+        assert gradient.abs().sum() > 0, name
+        torch.testing.assert_close(gradient, others[name], rtol=1e-9, atol=1e-14, msg=name)
+    for slots, name in ((4, "joined"), (5, "gathered")):
+        rule = {
+            "slots": slots,
+            "components": 3,
+            "on": 2,
+            "device": "cpu",
+            "dtype": torch.float32,
+            "training": False,
+        }
+        assert choose("auto", mixed=True, **rule).name == name
 
 
 def test_it_comes_apart_into_tailors_like_any_others(
