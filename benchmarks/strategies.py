@@ -3,7 +3,8 @@
     python benchmarks/strategies.py      -> benchmarks/results/strategies.json
 
 Forward and backward of the q, k, v and MLP matrices of a DiT-B, N_G = 192, N_T = 4, every variant in turn, medians of
-ratios within a round. `joined` against `gathered` by the number of slots in the batch's bank; `sorted` (one product for
+ratios within a round. `joined` against `gathered` by the number of slots in the batch's bank, and for mixtures of 8
+tailors (N_T = 13, weights train) by the number of tailors that are known; `sorted` (one product for
 each class's samples, as grouped products would do it) against both by the classes in a batch; `merged` (one dense
 weight for the class that fills a batch) against components by the learngene rank, in sampling.
 """
@@ -29,6 +30,8 @@ WIDTH, HIDDEN, RANK, TAILOR = 768, 3072, 192, 4
 SLOTS = (1, 2, 4, 6, 8, 12, 16, 24, 32)
 CLASSES = (1, 2, 4, 8)
 RANKS = (128, 192, 256, 320, 384, 512)
+MIXED, MIXED_TAILOR = 8, 13
+KNOWN = (8, 12, 16, 20, 24, 32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +48,19 @@ class Args:
     """Where the JSON goes."""
 
 
-def matrices(rank: int, slots: int, device: torch.device) -> list[list[ComponentLinear]]:
-    """q, k and v together, the MLP's two."""
+def matrices(
+    rank: int, slots: int, device: torch.device, mixing_classes: int = 0
+) -> list[list[ComponentLinear]]:
+    """q, k and v together, the MLP's two. mixing_classes: their weights train, and nothing else."""
+    size = {"rank": rank, "slots": slots, "tailor_rank": MIXED_TAILOR if mixing_classes else TAILOR}
+    mix = (mixing_classes, MIXED) if mixing_classes else None
     shapes = [[(WIDTH, WIDTH)] * 3, [(WIDTH, HIDDEN)], [(HIDDEN, WIDTH)]]
-    groups = [
-        [ComponentLinear(i, o, rank=rank, slots=slots, tailor_rank=TAILOR) for i, o in group]
-        for group in shapes
-    ]
+    groups = [[ComponentLinear(i, o, **size, mix=mix) for i, o in group] for group in shapes]
     for group in groups:
         for layer in group:
-            for parameter in layer.to(device).parameters():
+            for name, parameter in layer.to(device).named_parameters():
                 torch.nn.init.normal_(parameter, std=0.02)
+                parameter.requires_grad_(not mixing_classes or name == "tailor_mix")
     return groups
 
 
@@ -87,15 +92,23 @@ class Sorted:
 
 
 def training(
-    args: Args, dtype: torch.dtype, device: torch.device, slots: int, how: str, classes: int
+    args: Args,
+    dtype: torch.dtype,
+    device: torch.device,
+    slots: int,
+    how: str,
+    classes: int,
+    *,
+    mixes: bool = False,
 ) -> Callable[[], None]:
-    groups = matrices(RANK, slots, device)
+    groups = matrices(RANK, slots, device, classes if mixes else 0)
     inputs = [
         torch.randn(args.images, args.tokens, g[0].v.shape[1], device=device, requires_grad=True)
         for g in groups
     ]
     ids = (torch.arange(args.images, device=device) * classes // args.images).unsqueeze(1)
-    gating = Gating(ids, torch.ones_like(ids, dtype=torch.float32))
+    on = (3 * ids + torch.arange(MIXED, device=device)) % slots if mixes else ids
+    gating = Gating(on, torch.ones_like(on, dtype=torch.float32), ids[:, 0])
     call: Any = ComponentLinear.together if how != "sorted" else Sorted(torch.bincount(ids[:, 0]).tolist())
     for layer in (layer for group in groups for layer in group):
         layer.strategy = "gathered" if how == "sorted" else how  # type: ignore[assignment]
@@ -153,6 +166,11 @@ def main(args: Args) -> None:
         row["gathered / joined, by slots"] = ratios(alternate(variants, args.rounds, device), "gathered")
         row["joined is faster up to"] = max(
             (s for s in SLOTS if row["gathered / joined, by slots"][f"joined, {s}"] > 1), default=0
+        )
+        variants = {f"joined, {s}": training(args, dtype, device, s, "joined", 10, mixes=True) for s in KNOWN}
+        variants["gathered"] = training(args, dtype, device, KNOWN[-1], "gathered", 10, mixes=True)
+        row[f"gathered / joined, mixtures of {MIXED}, by known tailors"] = ratios(
+            alternate(variants, args.rounds, device), "gathered"
         )
         variants = {}
         for count in CLASSES:

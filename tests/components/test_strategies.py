@@ -42,7 +42,7 @@ def gatings() -> dict[str, Gating]:
 def reference(layer: ComponentLinear, x_BTI: Tensor, gating: Gating) -> Tensor:
     common = layer.weight if layer.rank is None else (layer.u.T * layer.sigma) @ layer.v
     ys = []
-    for x, slots_K, weights_K in zip(x_BTI, *gating, strict=True):
+    for x, slots_K, weights_K in zip(x_BTI, gating.slots_BK, gating.weights_BK, strict=True):
         weight = common
         for slot, on in zip(slots_K, weights_K, strict=True):
             weight = weight + (layer.tailor_u[slot].T * layer.tailor_sigma[slot] * on) @ layer.tailor_v[slot]
@@ -111,7 +111,7 @@ def test_what_is_frozen_gets_no_gradient_and_changes_none(strategy: str) -> None
 def test_the_gates_weights_learn_where_they_are_soft() -> None:
     layer = layers(8, 1)[0]
     layer.strategy = "joined"  # has no gradient for them, and must not be taken
-    slots, weights = gatings()["soft"]
+    slots, weights, _ = gatings()["soft"]
     x = torch.randn(5, 6, I_, generator=torch.Generator().manual_seed(1))
     grads = []
     for compute in (lambda w: layer(x, Gating(slots, w)), lambda w: reference(layer, x, Gating(slots, w))):

@@ -35,8 +35,9 @@ JOINED_COLUMNS = {("cpu", torch.float32): 40, ("cpu", torch.bfloat16): 112}
 product costs as much whatever its few columns are. Measured: `python benchmarks/strategies.py`."""
 UNMEASURED_COLUMNS = 16
 """The same for other devices, until it is measured there."""
-MIXED_SLOTS = 2
-"""Slots of a mixture's bank, for each that a sample has, up to which all of them together are faster."""
+MIXED_SLOTS = {("cpu", torch.float32): 2, ("cpu", torch.bfloat16): 4}
+"""Slots of a mixture's bank, for each that a sample has, up to which all of them together are faster; on other devices,
+until it is measured there, 1. By the same command."""
 FACTORED_SHARE = 0.85
 """Learngenes are kept as components while these take at most this share of the dense matrices' multiplications: thin
 products are less efficient. Measured by the same command, in fp32 on a CPU."""
@@ -93,7 +94,7 @@ def choose(
     if wanted != "auto":
         return Strategy(wanted, "asked for")
     if mixed:
-        if slots <= MIXED_SLOTS * on:
+        if slots <= MIXED_SLOTS.get((device, dtype), 1) * on:
             return Strategy("joined", f"a mixture: each class has {on} of {slots} tailors")
         return Strategy("gathered", f"a mixture: each class has but {on} of {slots} tailors")
     if not training:
