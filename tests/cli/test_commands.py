@@ -156,16 +156,24 @@ def test_decompose_writes_a_file_for_each_class(toys: Path, tmp_path: Path, capf
 def test_recombine_some_classes_at_a_lower_rank(toys: Path, tmp_path: Path, capfd) -> None:
     succeed(
         capfd, "recombine", toys / "parts", tmp_path / "small",
-        "--classes", "ramp", "disc", "--learngene-rank", "3", "--layers", "factored",
+        "--classes", "ramp", "disc", "--learngene-rank", "3", "--tailor-rank", "1", "--layers", "factored",
     )  # fmt: skip
     small = DiT.from_pretrained(tmp_path / "small")
     assert small.classes.names == ("ramp", "disc")
-    assert small.structure["rank"] == 3
+    assert (small.structure["rank"], small.structure["tailor_rank"]) == (3, 1)
     succeed(capfd, "recombine", toys / "parts", tmp_path / "one", "--classes", "chess", "--layers", "merged")
     assert DiT.from_pretrained(tmp_path / "one").structure is None
 
 
-@pytest.mark.parametrize("options", [[], ["--share", "task"], ["--init", "nearest"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--share", "task"],
+        ["--init", "nearest"],
+        ["--init", "nearest", "--trains", "mixture", "--mixes", 3],
+    ],
+)
 def test_transfer_then_sample_and_decompose(toys: Path, tmp_path: Path, capfd, options) -> None:
     arguments = [
         "transfer", toys / "parts", tmp_path / "run", "--data.source", toys / "new-shapes",

@@ -141,9 +141,9 @@ def test_it_comes_apart_into_tailors_like_any_others(
 
 def test_cut_tailors_are_the_best_of_their_rank(model: DiT) -> None:
     whole = decompose(model)
-    cut = whole.with_tailor_rank(3)
-    assert (whole.tailor_rank, cut.tailor_rank) == (6, 3)
-    for name in NEW:
+    cut = decompose(whole.recombine(NEW[:2], tailor_rank=3, layers="factored"))
+    assert (whole.tailor_rank, cut.tailor_rank, cut.classes) == (6, 3, NEW[:2])
+    for name in cut.classes:
         assert torch.equal(cut.tailors[name]["class_embed"], whole.tailors[name]["class_embed"])
         for matrix, _ in model.named_matrices():
             dense, own = (
@@ -154,6 +154,9 @@ def test_cut_tailors_are_the_best_of_their_rank(model: DiT) -> None:
             assert left_out > 0.01
             torch.testing.assert_close(torch.linalg.norm(dense - own), left_out, rtol=1e-3, atol=1e-5)
     assert_same_tensors(cut.learngenes, whole.learngenes)
+    assert whole.recombine(tailor_rank=99, layers="factored").structure["tailor_rank"] == 6
+    with pytest.raises(UsageError, match="tailor rank 0 is not possible"):
+        whole.recombine(tailor_rank=0)
 
 
 def test_tailors_of_some_matrices_or_of_other_ranks_are_mixed(parts: Components, inputs) -> None:

@@ -109,7 +109,7 @@ def test_what_trains_is_counted_apart(shapes: Path, tmp_path: Path, share) -> No
     parts = decompose(model)
     if share == "mixture":
         trains = mixture(parts, dict.fromkeys(NEW_SHAPES, SHAPES[:2]), train_also=("bias",))
-        becomes = decompose(trains).with_tailor_rank(3).recombine(layers="factored")
+        becomes = decompose(trains).recombine(tailor_rank=3, layers="factored")
     else:
         trains = becomes = parts.with_new_tailors(NEW_SHAPES, rank=3, share=share, train_also=("bias",))
     trained = sum(p.numel() for p in trains.parameters() if p.requires_grad)

@@ -21,6 +21,8 @@ class Args:
     """Wanted classes; none for all. Only their tailor files are read."""
     learngene_rank: int | None = None
     """Keep that many learngene components of every matrix (of the canonical form); all when not given."""
+    tailor_rank: int | None = None
+    """Keep that many components of every tailor, or all that it has; all when not given."""
     layers: Literal["auto", "factored", "dense", "merged"] = "auto"
     """factored: components. dense: learngenes as one weight. auto: the cheaper of the two. merged: one class in
     plain dense matrices, without the learngenes of its own that guidance uses."""
@@ -32,6 +34,8 @@ def run(args: Args) -> None:
     from kindiff.pipeline import DiTPipeline
 
     parts = load_components(args.parts, args.classes or None)
-    model = parts.recombine(learngene_rank=args.learngene_rank, layers=args.layers, take_over=True)
+    model = parts.recombine(
+        learngene_rank=args.learngene_rank, tailor_rank=args.tailor_rank, layers=args.layers, take_over=True
+    )
     DiTPipeline(model, load_autoencoder(args.parts)).save_pretrained(args.out)
     print(args.out)

@@ -33,8 +33,8 @@ def mixture(
 
     nearest: for each new class the K known ones that it mixes; it starts as the first of them. Each has a weight in
     each of the `targets` of each block and one for the embedding, and these weights are what trains (with what
-    `train_also` names). The model holds K tailors for a class; `decompose(model).with_tailor_rank(rank)` makes them
-    one. UsageError for a class that the parts do not have, or different numbers of them.
+    `train_also` names). `decompose` gives each class one tailor of all its components, `recombine(tailor_rank=...)`
+    cuts it. UsageError for a class that the parts do not have, or different numbers of them.
     """
     wanted, known = ClassSet(tuple(nearest)), ClassSet(parts.classes)
     count = len(next(iter(nearest.values())))

@@ -76,13 +76,15 @@ class Components:
         classes: Iterable[str] | None = None,
         *,
         learngene_rank: int | None = None,
+        tailor_rank: int | None = None,
         layers: Layers = "auto",
         take_over: bool = False,
     ) -> DiT:
         """A new model of the wanted classes (None: all), smaller by the tailors left out.
 
         learngene_rank: keep that many components of the learngenes' canonical form; None: the learngenes as
-        they are, and the model equals the one taken apart to the bit. take_over: the model uses the parts'
+        they are, and the model equals the one taken apart to the bit. tailor_rank: the same of every tailor, or all
+        that it has; each matrix of it is then the best of that rank. take_over: the model uses the parts'
         own memory where it can, instead of a copy; the parts must then be given up. UsageError for an unknown
         class, a class asked twice, a rank that the parts do not hold, or layers="merged" with more than one class.
         """
@@ -94,6 +96,8 @@ class Components:
                 f"learngene rank {learngene_rank} is not in the parts; they hold {self.learngene_rank} components, "
                 f"so use 1 to {self.learngene_rank}."
             )
+        if tailor_rank is not None and tailor_rank < 1:
+            raise UsageError(f"tailor rank {tailor_rank} is not possible; use 1 or more.")
         if layers == "merged" and len(wanted) > 1:
             raise UsageError(
                 f"merged layers hold one class and {len(wanted)} are asked for; recombine each class by itself or "
@@ -102,7 +106,8 @@ class Components:
         rank = learngene_rank or self.learngene_rank
         if layers == "auto":
             layers = "factored" if factored_is_cheaper(self.config, rank) else "dense"
-        model = self._assemble(wanted, learngene_rank, dense=layers != "factored", copy=not take_over)
+        parts = self if tailor_rank is None else self._cut(wanted, tailor_rank)
+        model = parts._assemble(wanted, learngene_rank, dense=layers != "factored", copy=not take_over)
         return merge_(model) if layers == "merged" else model
 
     def with_new_tailors(
@@ -174,14 +179,16 @@ class Components:
         )
 
     @torch.no_grad()
-    def with_tailor_rank(self, rank: int) -> Components:
-        """The parts with every tailor cut to its `rank` largest singular components in each matrix, or fewer."""
+    def _cut(self, wanted: ClassSet, rank: int) -> Components:
+        """The parts of the wanted classes, tailors cut to their `rank` largest singular components in each matrix."""
         tailors = {}
-        for name, tensors in self.tailors.items():
-            own = {EMBEDDING: tensors[EMBEDDING]}
-            for matrix in sorted({key.rpartition(".")[0] for key in tensors} - {""}):
-                own |= named_factors(matrix, algebra.canonical(factors_of(tensors, matrix)).first(rank))
-            tailors[name] = own
+        for name in wanted.names:
+            tensors = self.tailors[name]
+            tailors[name] = {EMBEDDING: tensors[EMBEDDING]}
+            for matrix in (key.removesuffix(".sigma") for key in tensors if key.endswith(".sigma")):
+                tailors[name] |= named_factors(
+                    matrix, algebra.canonical(factors_of(tensors, matrix)).first(rank)
+                )
         return dataclasses.replace(self, tailors=tailors)
 
     @torch.no_grad()

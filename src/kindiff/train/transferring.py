@@ -52,7 +52,7 @@ def transfer(parts_directory: str | Path, config: TransferConfig, out: str | Pat
                 return DiTPipeline.from_pretrained(run.model)
             model = fit(model, samples, transfer_objective(parts.config), config.train, run, config.data.flip)
             if config.trains == "mixture":
-                model = decompose(model).with_tailor_rank(config.rank).recombine(layers="factored")
+                model = decompose(model).recombine(tailor_rank=config.rank, layers="factored")
             trained = DiTPipeline(model, load_autoencoder(parts_directory))
             ranks.on_first(lambda: trained.save_pretrained(run.model))
             return DiTPipeline.from_pretrained(run.model)
