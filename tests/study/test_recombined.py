@@ -38,10 +38,11 @@ def test_a_base_as_it_is_and_smaller(base, tmp_path) -> None:
     same = smaller(recipe, folder, RecombineConfig(), tmp_path / "same")
     assert same == recipe
     torch.testing.assert_close(output(DiT.from_pretrained(tmp_path / "same" / "model")), output(whole))
-    smaller(recipe, folder, RecombineConfig(learngene_rank=4), tmp_path / "small")
+    wanted = RecombineConfig(learngene_rank=4, tailor_rank=1 if recipe.method == "kind" else 0)
+    smaller(recipe, folder, wanted, tmp_path / "small")
     small = DiT.from_pretrained(tmp_path / "small" / "model")
     assert small.structure is not None
-    assert small.structure["rank"] == 4
+    assert (small.structure["rank"], small.structure["tailor_rank"]) == (4, wanted.tailor_rank)
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in whole.parameters())
 
 
@@ -61,8 +62,10 @@ def test_the_learngenes_alone_have_no_tailor(base, tmp_path) -> None:
 def test_a_smaller_model_is_trained_on(base, tmp_path) -> None:
     recipe, folder, _ = base
     few = replace(recipe, train=TrainConfig(steps=3, batch=4, lr=1e-2))
-    used = smaller(few, folder, RecombineConfig(learngene_rank=4, train=True), tmp_path / "on")
-    assert used.kind.learngene_rank == 4
+    tailors = 1 if recipe.method == "kind" else 0
+    wanted = RecombineConfig(learngene_rank=4, tailor_rank=tailors, train=True)
+    used = smaller(few, folder, wanted, tmp_path / "on")
+    assert (used.kind.learngene_rank, used.kind.tailor_rank) == (4, tailors)
     before = DiT.from_pretrained(tmp_path / "on--start")
     after = DiT.from_pretrained(tmp_path / "on" / "model")
     assert before.structure == after.structure

@@ -91,6 +91,8 @@ class RecombineConfig:
 
     learngene_rank: int = 0
     """Components that every matrix keeps; 0 for the base as it is."""
+    tailor_rank: int = 0
+    """Components that every tailor keeps in each matrix; 0 for all."""
     tailors: bool = True
     """False: the learngenes alone, with the class embeddings."""
     train: bool = False

@@ -27,9 +27,17 @@ def smaller(recipe: PretrainConfig, base: Path, config: RecombineConfig, folder:
         parts = load_components(base / "parts", classes)
         if not config.tailors:
             parts = without_tailors(parts)
-        model = parts.recombine(classes, learngene_rank=config.learngene_rank or None, layers="factored")
+        model = parts.recombine(
+            classes,
+            learngene_rank=config.learngene_rank or None,
+            tailor_rank=config.tailor_rank or None,
+            layers="factored",
+        )
         kind = dataclasses.replace(
-            kind, learngene_rank=config.learngene_rank or kind.learngene_rank, targets=parts.targets
+            kind,
+            learngene_rank=config.learngene_rank or kind.learngene_rank,
+            tailor_rank=config.tailor_rank or kind.tailor_rank,
+            targets=parts.targets,
         )
     else:
         whole = DiT.from_pretrained(base / "model")
