@@ -12,6 +12,7 @@ from kindiff.cli.inspect import report
 from kindiff.components import decompose, factorize
 from kindiff.components.build import Structure, empty
 from kindiff.config import BackboneConfig, DesignConfig, DiTConfig, KindConfig, load_recipe
+from kindiff.errors import UsageError
 from kindiff.evaluate.cost import closed_macs, cost_table, counted_macs, total
 from kindiff.evaluate.design import design
 from kindiff.models import DiT
@@ -74,4 +75,6 @@ def test_a_design_of_a_mixture_trains_weights_alone() -> None:
         )
     )  # fmt: skip
     assert total(cost_table(model)).trainable == 10 * (12 * 6 + 1) * 8
+    with pytest.raises(UsageError, match="mixes 8 does not fit"):
+        DesignConfig(learngene_rank=192, tailor_rank=13, mixes=8)
     assert total(cost_table(model)).macs == counted_macs(model)

@@ -247,3 +247,7 @@ class DesignConfig:
                 f"learngene_rank {self.learngene_rank} and tailor_rank {self.tailor_rank} do not fit: both are 0 or "
                 "more, and tailors need learngenes."
             )
+        if self.mixes < 0 or (self.mixes and (not self.tailor_rank or self.trains != "tailors")):
+            raise UsageError(
+                f"mixes {self.mixes} does not fit; it is of tailors (tailor_rank) at transfer (trains tailors), or 0."
+            )
