@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,13 +69,13 @@ def test_headline_accounting_of_the_paper() -> None:
 
 
 def test_a_design_of_a_mixture_trains_weights_alone() -> None:
-    model = design(
-        DesignConfig(
-            model=BackboneConfig(preset="DiT-B/2"), classes=10, learngene_rank=192, tailor_rank=13,
-            trains="tailors", mixes=8,
-        )
+    config = DesignConfig(
+        model=BackboneConfig(preset="DiT-B/2"), classes=10, learngene_rank=192, tailor_rank=13, trains="tailors",
+        mixes=8,
     )  # fmt: skip
+    model = design(config)
     assert total(cost_table(model)).trainable == 10 * (12 * 6 + 1) * 8
-    with pytest.raises(UsageError, match="mixes 8 does not fit"):
-        DesignConfig(learngene_rank=192, tailor_rank=13, mixes=8)
     assert total(cost_table(model)).macs == counted_macs(model)
+    for wrong in ({"trains": "all"}, {"tailor_rank": 0}, {"mixes": -1}):
+        with pytest.raises(UsageError, match="mixes .* does not fit"):
+            replace(config, **wrong)
