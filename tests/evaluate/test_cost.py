@@ -77,5 +77,5 @@ def test_a_design_of_a_mixture_trains_weights_alone() -> None:
     assert total(cost_table(model)).trainable == 10 * (12 * 6 + 1) * 8
     assert total(cost_table(model)).macs == counted_macs(model)
     for wrong in ({"trains": "all"}, {"tailor_rank": 0}, {"mixes": -1}):
-        with pytest.raises(UsageError, match="mixes .* does not fit"):
+        with pytest.raises(UsageError, match=r"mixes .* does not fit"):
             replace(config, **wrong)
