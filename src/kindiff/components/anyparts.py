@@ -63,13 +63,8 @@ def decompose_modules(model: ComponentModel) -> ModuleParts:
     )
     tailors: dict[str, dict[str, Factors]] = {}
     for i, name in enumerate(model.classes.names):
-        slots_K, weights_K = gating.slots_BK[i], gating.weights_BK[i]
         tailors[name] = {
-            layer_name: Factors(
-                layer.inner.tailor_u[slots_K].flatten(0, 1).clone(),
-                (layer.inner.tailor_sigma[slots_K] * weights_K.unsqueeze(1)).flatten(),
-                layer.inner.tailor_v[slots_K].flatten(0, 1).clone(),
-            )
+            layer_name: layer.inner.tailor_of(gating, i)
             for layer_name, layer in model.layers().items()
             if layer.inner.has_tailors
         }

@@ -70,6 +70,14 @@ class ComponentLinear(nn.Module):
         assert gating.ids_B is not None, "a mixture's weights are its classes'"
         return gating._replace(weights_BK=gating.weights_BK * self.tailor_mix[gating.ids_B])
 
+    def tailor_of(self, gating: Gating, sample: int) -> Factors:
+        """The components of all slots that one sample of a gating has, sigma scaled by their weights; copies."""
+        slots_K, weights_K = gating.slots_BK[sample], self.weigh(gating).weights_BK[sample]
+        u_KNO, sigma_KN, v_KNI = (bank[slots_K] for bank in self.tailors)
+        return Factors(
+            u_KNO.flatten(0, 1), (sigma_KN * weights_K.unsqueeze(1)).flatten(), v_KNI.flatten(0, 1)
+        )
+
     def forward(self, x_BTI: Tensor, gating: Gating | None) -> Tensor:
         return self.together([self], x_BTI, gating)[0]
 
@@ -90,10 +98,7 @@ class ComponentLinear(nn.Module):
     @torch.no_grad()
     def merged_weight(self, gating: Gating | None = None, sample: int = 0) -> Tensor:
         """The dense (O, I) matrix that one sample of a gating sees; without a gating, the learngenes'."""
-        if gating is None or not self.has_tailors:
-            return self.weight if self.rank is None else (self.u.T * self.sigma) @ self.v
         weight_OI: Tensor = self.weight if self.rank is None else (self.u.T * self.sigma) @ self.v
-        slots_K, weights_K = gating.slots_BK[sample], self.weigh(gating).weights_BK[sample]
-        u_KNO, sigma_KN, v_KNI = (bank[slots_K] for bank in self.tailors)
-        scale_M = (sigma_KN * weights_K.unsqueeze(1)).flatten()
-        return weight_OI + (u_KNO.flatten(0, 1).T * scale_M) @ v_KNI.flatten(0, 1)
+        if gating is None or not self.has_tailors:
+            return weight_OI
+        return weight_OI + self.tailor_of(gating, sample).dense()

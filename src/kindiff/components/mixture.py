@@ -15,7 +15,7 @@ from kindiff.classes import ClassSet
 from kindiff.components.assembly import freeze_learngenes
 from kindiff.components.build import Structure, empty
 from kindiff.components.gates import TableGate
-from kindiff.components.parts import GATE, Components, shape_for
+from kindiff.components.parts import GATE, Components
 from kindiff.config import MATRICES, from_dict
 from kindiff.errors import UsageError
 from kindiff.models.dit import DiT
@@ -42,7 +42,7 @@ def mixture(
         raise UsageError("each class of a mixture mixes the same number of known classes, one or more.")
     used = ClassSet(tuple(dict.fromkeys(source for names in nearest.values() for source in names)))
     known.ids(used.names)
-    config = shape_for(parts.config, len(wanted))
+    config = dataclasses.replace(parts.config, num_classes=len(wanted))
     bank = dataclasses.replace(parts, targets=targets).recombine(used.names, layers="factored")
     assert bank.structure is not None
     structure = dataclasses.replace(from_dict(Structure, bank.structure), gate="mixture", gate_width=count)

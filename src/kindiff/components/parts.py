@@ -158,7 +158,10 @@ class Components:
                 tensors |= named_factors(matrix, blank)
             tailors[name] = tensors
         parts = dataclasses.replace(
-            self, config=shape_for(self.config, len(wanted)), targets=targets, tailors=tailors
+            self,
+            config=dataclasses.replace(self.config, num_classes=len(wanted)),
+            targets=targets,
+            tailors=tailors,
         )
         model = parts._assemble(wanted, None, dense=False, share=share)
         return freeze_learngenes(model, train_also)
@@ -173,7 +176,7 @@ class Components:
         merged = ClassSet(self.classes + other.classes)
         return dataclasses.replace(
             self,
-            config=shape_for(self.config, len(merged)),
+            config=dataclasses.replace(self.config, num_classes=len(merged)),
             targets=tuple(m for m in MATRICES if m in {*self.targets, *other.targets}),
             tailors={**self.tailors, **other.tailors},
         )
@@ -214,7 +217,7 @@ class Components:
         )
         dtype = self.learngenes[NULL_EMBEDDING].dtype
         with torch.device("meta"):
-            model = empty(shape_for(self.config, len(wanted)), wanted, structure)
+            model = empty(dataclasses.replace(self.config, num_classes=len(wanted)), wanted, structure)
 
         def own(tensor: Tensor) -> Tensor:
             return tensor.detach().to("cpu", dtype, copy=copy)
@@ -250,8 +253,3 @@ class Components:
 def largest_rank(tailors: Iterable[Mapping[str, Tensor]]) -> int:
     """Components of the largest of these tailors in any matrix."""
     return max((len(t) for own in tailors for key, t in own.items() if key.endswith(".sigma")), default=0)
-
-
-def shape_for(config: DiTConfig, count: int) -> DiTConfig:
-    """The shape of the same model with another number of classes."""
-    return dataclasses.replace(config, num_classes=count)

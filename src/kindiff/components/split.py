@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kindiff.components.algebra import Factors
 from kindiff.components.assembly import named_factors
 from kindiff.components.linear import ComponentLinear
 from kindiff.components.parts import EMBEDDING, GATE, NULL_EMBEDDING, Components
@@ -39,11 +38,7 @@ def decompose(model: DiT) -> Components:
         tensors = {EMBEDDING: rows[i].clone()}
         for matrix, layer in matrices.items():
             if isinstance(layer, ComponentLinear) and layer.has_tailors:
-                slots_K, weights_K = gating.slots_BK[i], layer.weigh(gating).weights_BK[i]
-                u_KNO, sigma_KN, v_KNI = (bank[slots_K] for bank in layer.tailors)
-                scale_KN = sigma_KN * weights_K.unsqueeze(1)
-                own = Factors(u_KNO.flatten(0, 1), scale_KN.flatten(), v_KNI.flatten(0, 1))
-                tensors |= named_factors(matrix, own)
+                tensors |= named_factors(matrix, layer.tailor_of(gating, i))
         tailors[name] = tensors
     targets = tuple(m for m in model.structure["targets"] if any(f".{m}.sigma" in key for key in tensors))
     return Components(model.config, targets, learngenes, tailors)

@@ -156,6 +156,7 @@ def explain(model: DiT, images: int) -> list[str]:
             found = choose(
                 "auto", slots=count, components=structure["tailor_rank"], on=on, device=device, dtype=dtype,
                 training=purpose == "training" and rank is not None, weights_train=structure["gate"] == "soft",
+                mixed=purpose == "training" and structure["gate"] == "mixture",
                 fits=fused.fits(rank, on * structure["tailor_rank"], dtype),
             )  # fmt: skip
             name = str(dtype).removeprefix("torch.")

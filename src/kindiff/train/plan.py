@@ -13,7 +13,6 @@ from kindiff.components import load_components
 from kindiff.components.assembly import freeze_learngenes
 from kindiff.components.build import Structure, check_rank, empty, sizes_of, slots_by_share, structure_of
 from kindiff.components.gates import TableGate
-from kindiff.components.parts import shape_for
 from kindiff.config import (
     DataConfig,
     DiTConfig,
@@ -219,7 +218,7 @@ def _transferred(
     shape: DiTConfig, learngene_rank: int, tailor_rank: int, config: TransferConfig, classes: ClassSet
 ) -> DiT:
     """The model that trains at transfer, without values. tailor_rank: of the parts, for a mixture of them."""
-    known, shape = shape.num_classes, shape_for(shape, len(classes))
+    known, shape = shape.num_classes, replace(shape, num_classes=len(classes))
     for matrix in config.targets:
         check_rank(config.rank, matrix, shape, what="tailor")
     slots, width = sizes_of(slots_by_share(len(classes), config.share))
