@@ -15,13 +15,15 @@ import torch
 
 from kindiff import checkpoint
 from kindiff.cli.main import main
+from kindiff.config import AdaptConfig, DataConfig, RivalConfig, TrainConfig
 from kindiff.errors import BadFileError
 from kindiff.parallel import ALONE
-from kindiff.train import Interrupted, NotFinite, loop, pretrain
+from kindiff.train import Interrupted, NotFinite, adapt, loop, pretrain
+from kindiff.train.capsule import replay
 from kindiff.train.rollback import Window, read_windows
 from kindiff.train.run import Run
 from kindiff.train.state import Saver
-from toys import assert_same_tensors, toy, write_shapes
+from toys import SIZE, assert_same_tensors, toy, write_shapes
 
 LOOP = {"steps": 20, "batch": 4, "save_every": 4, "log_every": 1, "skip_window": 3}
 
@@ -121,6 +123,45 @@ def test_a_bad_weight_is_never_saved_and_heals(shapes: Path, tmp_path: Path, mon
     assert (window.first, window.end) == (3, 6)
     assert window.cause.endswith("(ema) holds a number that is not finite")
     assert all(t.isfinite().all() for t in state_of(tmp_path / "run").values() if t.is_floating_point())
+
+
+@pytest.mark.parametrize(
+    ("method", "rival"),
+    [
+        ("kind", None),
+        ("wave", None),
+        ("tleg", None),
+        ("fine", RivalConfig(method="fine", sigma_share=0.5)),
+        ("dense", RivalConfig(method="svdiff")),
+        ("dense", RivalConfig(method="heur-lg", inherit=1)),
+        ("dense", RivalConfig(method="pissa", rank=4)),
+        ("dense", RivalConfig(method="vera", rank=4)),
+    ],
+)
+def test_the_capsule_of_any_model_is_replayed(
+    shapes: Path, tmp_path: Path, poison, method: str, rival: RivalConfig | None
+) -> None:
+    """It holds what a step needs, wherever the run is: all is finite but the input that was not."""
+    if rival is None:
+        poison(5)
+    pretrain(toy(shapes, method=method, **LOOP), tmp_path / "base")
+    if rival is not None:
+        poison(5)
+        data = DataConfig(source=str(shapes), size=SIZE)
+        config = AdaptConfig(data=data, rival=rival, train=TrainConfig(**LOOP))
+        adapt(tmp_path / "base" / "model", config, tmp_path / "new")
+    capsules = sorted(tmp_path.rglob("step-00000005"))  # FINE's first stage is a run inside the run
+    assert len(capsules) == (2 if method == "fine" else 1)
+    capsules[-1].rename(tmp_path / "capsule")
+    facts = replay(tmp_path / "capsule")
+    assert facts["weights that are not finite"] == []
+    assert facts["inputs that are not finite"] == ["x_BCHW"]
+    assert facts["positions whose loss is not finite"] == [21]
+
+    path = tmp_path / "capsule" / "batch.safetensors"
+    mended = {name: tensor.nan_to_num() for name, tensor in checkpoint.read_tensors(path).items()}
+    checkpoint.write_tensors(path, mended)
+    assert "everything is finite this time" in replay(tmp_path / "capsule")["finding"]
 
 
 def test_a_damaged_capsule_or_list_is_named(shapes: Path, tmp_path: Path, poison, capfd) -> None:

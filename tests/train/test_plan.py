@@ -69,11 +69,31 @@ def test_the_plan_counts_the_model_that_trains(shapes: Path, method: str) -> Non
 @pytest.mark.parametrize(("width", "side"), [(128, 8), (192, 16)])
 def test_activations_are_what_autograd_keeps(precision, kind, width, side) -> None:
     """The formula against the tensors that a real backward pass holds on to."""
-    model = noisy_dit(
-        DiTConfig(input_size=2 * side, channels=4, num_classes=4, width=width, depth=4, heads=4, patch=2)
-    ).train()
+    model = backbone(width, side, classes=4)
     if kind is not None:
         model = factorize(model, KindConfig(learngene_rank=kind[0], tailor_rank=kind[1], init="per-factor"))
+    assert activations(model, precision, 3, CPU) == pytest.approx(counted(model, precision), rel=0.06)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize(("known", "mixes"), [(4, 2), (12, 2), (12, 6)])
+def test_a_mixture_keeps_less_than_the_formula_says(precision, known, mixes) -> None:
+    kind = KindConfig(learngene_rank=90, tailor_rank=20, init="per-factor")
+    parts = decompose(factorize(backbone(128, 8, classes=known), kind))
+    new = {f"new{i}": [parts.classes[(i + k) % known] for k in range(mixes)] for i in range(4)}
+    model = mixture(parts, new).train()
+    assert 1.25 < activations(model, precision, 3, CPU) / counted(model, precision) < 2.5
+
+
+def backbone(width: int, side: int, classes: int) -> DiT:
+    shape = DiTConfig(
+        input_size=2 * side, channels=4, num_classes=classes, width=width, depth=4, heads=4, patch=2
+    )
+    return noisy_dit(shape).train()
+
+
+def counted(model: DiT, precision: str) -> int:
+    """Bytes of the tensors that autograd keeps for the backward pass of three images, parameters not among them."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -82,17 +102,17 @@ def test_activations_are_what_autograd_keeps(precision, kind, width, side) -> No
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    x, noise = torch.randn(2, 3, 4, 2 * side, 2 * side)
+    config = model.config
+    x, noise = torch.randn(2, 3, config.channels, config.input_size, config.input_size)
     ids = torch.tensor([0, 1, 3])
     with (
         Optimiser(model, TrainConfig()).of_slots(ids),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
     ):
-        loss = loss_of(model.config)(lambda x, t: model(x, t, ids), x, noise, torch.rand(3))
-    counted = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        loss = loss_of(config)(lambda x, t: model(x, t, ids), x, noise, torch.rand(3))
     assert loss.shape == (3,)
-    assert activations(model, precision, 3, CPU) == pytest.approx(counted, rel=0.06)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 @pytest.mark.parametrize("share", ["task", "both", "mixture"])

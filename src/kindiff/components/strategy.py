@@ -132,6 +132,12 @@ def matrix_macs(config: DiTConfig, rank: int) -> tuple[int, int]:
     return rank * sum(o + i for o, i in shapes), sum(o * i for o, i in shapes)
 
 
+def slots_of_a_step(gate: str, slots: int, on: int, images: int) -> int:
+    """Slots that a training step's products see: under a table those of its classes at the most, which stand apart from
+    their bank (`kindiff.train.apart`), and else the whole bank."""
+    return min(slots, images * on) if gate == "table" else slots
+
+
 def explain(model: DiT, images: int) -> list[str]:
     """What the rule decides on this machine for a model and a batch of images, and why: a line a decision."""
     structure, device = model.structure, "cuda" if torch.cuda.is_available() else "cpu"
@@ -150,7 +156,10 @@ def explain(model: DiT, images: int) -> list[str]:
         ]
     if not structure["slots"] * structure["tailor_rank"]:
         return [*lines, "tailors: none"]
-    slots = {"sampling": structure["slots"], "training": min(structure["slots"], images * on)}
+    slots = {
+        "sampling": structure["slots"],
+        "training": slots_of_a_step(structure["gate"], structure["slots"], on, images),
+    }
     for purpose, count in slots.items():
         for dtype in (torch.float32, torch.bfloat16):
             found = choose(

@@ -125,9 +125,10 @@ class DiT(nn.Module):
         checkpoint.write_tensors(folder / "model.safetensors", self.state_dict())
 
     @staticmethod
-    def from_pretrained(directory: str | Path) -> DiT:
+    def from_pretrained(directory: str | Path, *, wrap: Callable[[DiT], DiT] | None = None) -> DiT:
         """Read what save_pretrained wrote, dense or made of components.
 
+        wrap: makes of a plain model one with the layers that the saved one had, where another library had put them in.
         Raises FileNotFoundError, or BadFileError naming the file that is damaged or of another architecture.
         """
         folder = Path(directory)
@@ -138,8 +139,9 @@ class DiT(nn.Module):
             config = from_dict(DiTConfig, description.get("model"))
             classes = ClassSet(tuple(description.get("classes") or ()))
             checkpoint.check_depth(folder / "model.safetensors", config.depth)
-            with torch.device("meta"):
+            with torch.device("meta" if wrap is None else "cpu"):
                 model = _build(config, classes, description.get("structure"))
+            model = model if wrap is None else wrap(model)
         except (UsageError, TypeError) as error:
             raise BadFileError(f"{folder / 'config.json'} is damaged: {error}") from None
         tensors = checkpoint.read_tensors(folder / "model.safetensors")

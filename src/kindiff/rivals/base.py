@@ -36,6 +36,8 @@ class Rival:
     The model is the method's own and may be changed; torch's generator is seeded already."""
     weight: Callable[[nn.Module], Tensor] = own_weight
     """The dense weight (O, I) that a trained matrix stands for."""
+    foreign: bool = False
+    """Whether its layers are another library's, so that no file of ours says how to build them."""
     keeps: float | None = None
     """How close the forward before training is to the base's, absolute and relative; None for no promise."""
 

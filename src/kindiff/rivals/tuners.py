@@ -43,7 +43,7 @@ def tuner(make: Callable[[Any, RivalConfig, int], Any], *, keeps: float, in_bloc
                 parameter.requires_grad_(True)
         return model
 
-    return Rival(wrap=wrap, weight=_weight, keeps=keeps)
+    return Rival(wrap=wrap, weight=_weight, foreign=True, keeps=keeps)
 
 
 def _weight(layer: nn.Module) -> Tensor:

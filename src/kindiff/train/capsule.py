@@ -1,11 +1,12 @@
 """A step that was not taken, kept whole: enough to run it again (`kindiff replay`) and say what is wrong with it.
 
-A capsule is a directory: capsule.json (step, positions, seed, what was found, versions), model/ (the weights before
-the step) and batch.safetensors (its inputs as they were).
+A capsule is a directory: capsule.json (step, positions, seed, what was found, the run's description, versions), model/
+(the weights before the step) and batch.safetensors (its inputs as they were).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ import torch
 from torch import Tensor
 
 from kindiff import checkpoint, runtime
-from kindiff.config import DataConfig, ObjectiveConfig, TrainConfig, from_dict, to_dict
+from kindiff.config import DataConfig, ObjectiveConfig, RivalConfig, TrainConfig, from_dict, to_dict
 from kindiff.data import open_samples
 from kindiff.data.batches import Batch, make_batch
 from kindiff.diffusion import loss_of
 from kindiff.errors import BadFileError, UsageError
 from kindiff.models.dit import DiT
+from kindiff.rivals import RIVALS, start
+from kindiff.rivals.learngenes import constrained
 
-FORMAT = 1
+FORMAT = 2
 
 
 def write_capsule(
@@ -48,6 +51,7 @@ def write_capsule(
             "objective": to_dict(objective),
             "trained": [name for name, p in model.named_parameters() if p.requires_grad],
             "found": found,
+            "run": checkpoint.read_json(run_folder / "run.json")["description"],
             "versions": runtime.versions(),
             "hardware": runtime.hardware(),
         }
@@ -65,12 +69,12 @@ def capsule_of(run_folder: Path, step: int) -> Path:
 def replay(folder: Path) -> dict[str, Any]:
     """Run a capsule's step again on this machine's processor; what is and is not finite, as plain values.
 
-    The run's directory (two above) is used where it is there, to draw the batch again from the data and compare.
-    BadFileError when the capsule is damaged, FileNotFoundError when there is none.
+    Where the data are there, the batch is drawn from them again and compared. BadFileError when the capsule is damaged,
+    FileNotFoundError when there is none.
     """
     description = _description(folder)
     batch = _batch(folder)
-    model = DiT.from_pretrained(folder / "model")
+    model = DiT.from_pretrained(folder / "model", wrap=_wrap(description["run"], description["trained"]))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in description["trained"])
     loss_function = loss_of(model.config)
@@ -95,7 +99,7 @@ def replay(folder: Path) -> dict[str, Any]:
             first + i for i, ok in enumerate(per_sample.isfinite().tolist()) if not ok
         ],
         "gradients that are not finite": _wrong(gradients),
-        "same batch drawn from the data": _drawn_again(folder, description, batch),
+        "same batch drawn from the data": _drawn_again(description, batch),
     }
     return facts | {"finding": _finding(facts)}
 
@@ -122,10 +126,22 @@ def _wrong(tensors: dict[str, Tensor]) -> list[str]:
     return [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
 
 
-def _drawn_again(folder: Path, description: dict[str, Any], batch: Batch) -> bool | str:
+def _wrap(run: dict[str, Any], trained: list[str]) -> Callable[[DiT], DiT] | None:
+    """What makes of a plain model the one that trained, where a rival's layers or constraint are in it."""
+    config = run.get("config", {})
+    if any(name.startswith("learngene.") for name in trained):
+        method = config.get("method", "fine")  # no method: FINE's first stage, a run inside that of `adapt`
+        return lambda model: constrained(model.config, model.classes, method)
+    if "rival" not in config or not RIVALS[config["rival"]["method"]].foreign:
+        return None
+    rival = from_dict(RivalConfig, config["rival"])
+    return lambda model: start(model, model.classes, rival, seed=0)
+
+
+def _drawn_again(description: dict[str, Any], batch: Batch) -> bool | str:
     """Whether the data gives the same batch again; a sentence where that cannot be known."""
+    settings = description["run"]
     try:
-        settings = checkpoint.read_json(folder.absolute().parents[1] / "run.json")["description"]
         samples = open_samples(from_dict(DataConfig, settings["config"]["data"]))
         if samples.sha256 != settings["data"]:
             return "the data has changed since"
@@ -153,7 +169,7 @@ def _description(folder: Path) -> dict[str, Any]:
     description = checkpoint.read_json(path)
     kinds = {
         "step": int, "seed": int, "first_position": int, "batch": int, "flip": bool, "precision": str,
-        "objective": dict, "trained": list, "found": str,
+        "objective": dict, "trained": list, "found": str, "run": dict,
     }  # fmt: skip
     wrong = [key for key, kind in kinds.items() if not isinstance(description.get(key), kind)]
     if description.get("kind") != "capsule" or description.get("format") != FORMAT or wrong:

@@ -12,7 +12,7 @@ import torch
 from kindiff.components import fused
 from kindiff.components.build import Structure
 from kindiff.components.gates import TableGate
-from kindiff.components.strategy import choose
+from kindiff.components.strategy import choose, slots_of_a_step
 from kindiff.config import MATRICES, TrainConfig, from_dict
 from kindiff.models.dit import DiT
 
@@ -61,7 +61,7 @@ def activations(
         rank, sides = structure.rank or 0, sum(o + i for o, i in shapes)
         tailored = sum(sum(config.matrix_shape(matrix)) for matrix in structure.targets)
         on = structure.slots if structure.gate == "soft" else structure.gate_width
-        slots = min(structure.slots, images * on)  # of a step, apart from their bank
+        slots = slots_of_a_step(structure.gate, structure.slots, on, images)
         strategy = choose(
             "auto",
             slots=slots, components=structure.tailor_rank, on=on, device=device.type,
