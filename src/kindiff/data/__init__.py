@@ -54,7 +54,8 @@ def open_images(config: DataConfig) -> ImageSet:
     Raises UsageError for what cannot be had (an unknown class, another size than a prepared set has, a folder
     of the wrong layout), FileNotFoundError for a missing folder, BadFileError for a damaged file.
     """
-    from kindiff.data.hub import is_hub, open_hub_images
+    from kindiff.data.hub import open_hub_images
+    from kindiff.data.hub_rows import is_hub
     from kindiff.data.latents import is_latents
 
     if config.groups:

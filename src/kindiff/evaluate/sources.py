@@ -7,7 +7,7 @@ from pathlib import Path
 from kindiff.checkpoint import read_json
 from kindiff.config import DataConfig, SampleConfig
 from kindiff.data import ImageSet, open_images, open_prepared
-from kindiff.data.hub import is_hub
+from kindiff.data.hub_rows import is_hub
 from kindiff.errors import UsageError
 from kindiff.evaluate import adm
 from kindiff.evaluate import reference as references

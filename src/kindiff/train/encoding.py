@@ -33,8 +33,9 @@ from kindiff.data.latent_manifest import (
 )
 from kindiff.data.latents import LatentSet
 from kindiff.data.manifest import MANIFEST, Skipped
+from kindiff.data.pieces import Source, read_piece
 from kindiff.data.prepared import as_input
-from kindiff.data.sources import Source, open_source, read_piece, renamed
+from kindiff.data.sources import open_source, renamed
 from kindiff.data.workers import ordered_map, usable_cores
 from kindiff.errors import BadFileError, UsageError
 from kindiff.models.autoencoder_kl import AutoencoderKL
