@@ -10,7 +10,7 @@ from small import figures, record, write_study
 
 from kindiff.errors import BadFileError, UsageError
 from kindiff.study.config import Cell, read_study
-from kindiff.study.grid import done, left
+from kindiff.study.grid import done, left, spent
 from kindiff.study.records import read_records, write_record
 from kindiff.study.runner import run_workers
 from kindiff.study.tables import best_rows, markdown, sweep, sweep_markdown
@@ -37,6 +37,12 @@ def test_rates_are_tried_first_then_the_best_is_scored_with_every_seed(study):
     assert [w.cell.method for w in left(study, scored)] == ["lora"] * 4
     assert (done(study, scored), study.units()) == (6, 12)
     assert (done(study, scored, ["lora"]), study.units(["lora"])) == (0, 6)
+    timed = [replace(r, train_seconds=360.0) for r in scored]
+    assert spent(study, timed).endswith("; the rest takes about 0.5")  # as much again
+    assert spent(study, timed).startswith("6 of 12 trainings and scores are done, 0.5 hours of training")
+    assert spent(study, timed, ["lora"]) == (
+        "0 of 6 trainings and scores are done, 0.0 hours of training in one process"
+    )
 
 
 def test_a_rate_that_fails_is_passed_over_and_a_method_that_always_fails_ends(study):

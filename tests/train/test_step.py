@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kindiff.config import PretrainConfig
+from kindiff.components import decompose, save_components
+from kindiff.config import DataConfig, PretrainConfig, TransferConfig
 from kindiff.models import DiT
-from kindiff.train import pretrain
-from toys import toy, write_shapes
+from kindiff.train import pretrain, transfer
+from toys import NEW_SHAPES, SIZE, toy, write_shapes
 
 
 def runs(config: PretrainConfig, folder: Path) -> list[DiT]:
@@ -46,6 +47,25 @@ def test_a_recorded_run_is_the_run_of_plain_steps(tmp_path: Path, gate, objectiv
             continue  # attention does not see it: its gradient is rounding alone
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
     torch._dynamo.reset()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU records")
+@pytest.mark.parametrize("trains", ["components", "mixture"])
+def test_a_recorded_transfer_is_the_transfer_of_plain_steps(tmp_path: Path, trains) -> None:
+    before = pretrain(toy(write_shapes(tmp_path / "shapes"), steps=8), tmp_path / "base").model
+    save_components(decompose(before), tmp_path / "parts")
+    new = DataConfig(source=str(write_shapes(tmp_path / "new", NEW_SHAPES)), size=SIZE)
+    train = toy(tmp_path, steps=16, batch=4, precision="fp32").train
+    found = []
+    for record in (False, True):
+        config = TransferConfig(data=new, rank=2, train=replace(train, record=record))
+        if trains == "mixture":
+            config = replace(config, trains="mixture", init="nearest", mixes=2)
+        found.append(transfer(tmp_path / "parts", config, tmp_path / f"record-{record}").model)
+    x, ids = torch.randn(2, 3, SIZE, SIZE), torch.tensor([0, 1])
+    with torch.no_grad():
+        plain, recorded = (model.cpu()(x, torch.tensor([0.3, 0.6]), ids) for model in found)
+    torch.testing.assert_close(plain, recorded, rtol=1e-3, atol=1e-4)
 
 
 def test_nothing_is_recorded_without_a_gpu(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from kindiff.errors import UsageError
+from kindiff.progress import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,7 @@ class Args:
 
     action: tyro.conf.Positional[Literal["run", "table", "plot", "plan"]]
     """run: train and score what is missing. table: Markdown tables of the results. plot: figures (PNG). plan: what is
-    left to do."""
+    left to do, and how long it takes."""
     study: tyro.conf.Positional[Path]
     """The study's folder, with study.toml, tasks/ and methods/; results go to STUDY/results."""
     work: Path = Path("runs/studies")
@@ -37,6 +38,8 @@ class Args:
 def run(args: Args) -> None:
     """Run, or print."""
     from kindiff.study.config import read_study
+    from kindiff.study.grid import spent
+    from kindiff.study.records import read_records
 
     study = read_study(args.study)
     names = {*study.tasks, *study.methods}
@@ -78,9 +81,8 @@ def run(args: Args) -> None:
 
         for work in pending(study, args.only):
             print(f"{work.cell.name}{'  score' if work.test else ''}")
+        say(spent(study, read_records(study.results), args.only))
         return
-    from kindiff.study.records import read_records
-
     records = [r for r in read_records(study.results) if study.picks(r.task, r.method, args.only)]
     if not records:
         raise FileNotFoundError(

@@ -52,3 +52,13 @@ def done(study: Study, records: Sequence[Record], only: Sequence[str] = ()) -> i
         for r in records
         if (r.task, r.method) in pairs and r.lr in study.rates(r.method) and r.seed in study.config.seeds
     )
+
+
+def spent(study: Study, records: Sequence[Record], only: Sequence[str] = ()) -> str:
+    """A sentence: how much is done of what `only` picks, the hours that its training took, and those of the rest."""
+    units, now = study.units(only), done(study, records, only)
+    hours = sum(r.train_seconds for r in records if study.picks(r.task, r.method, only)) / 3600
+    rest = f"; the rest takes about {hours / now * (units - now):.1f}" if 0 < now < units else ""
+    return (
+        f"{now} of {units} trainings and scores are done, {hours:.1f} hours of training in one process{rest}"
+    )
