@@ -1,4 +1,4 @@
-"""The tables of docs/results.md are what the commands print from the committed records."""
+"""The tables of the documents are what the commands print from the committed records."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ def fill(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_table_is_what_its_command_prints(tmp_path) -> None:
-    done = fill("--check", "docs/results.md")
-    assert done.returncode == 0, done.stderr
+    for document in ("README.md", "docs/results.md"):
+        done = fill("--check", document)
+        assert done.returncode == 0, done.stderr
     text = (ROOT / "docs" / "results.md").read_text()
     assert text.count("<!-- $ kindiff") == text.count("<!-- end -->") >= 2
     other = tmp_path / "results.md"
