@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from speed import RankMask, allowed, alternate, model_pair, row, save
+from speed import RankMask, allowed, alternate, model_pair, row, sampler, save
 from torch import Tensor, nn
 
 from kindiff import runtime
@@ -210,7 +210,10 @@ def peak(args: Args, device: torch.device) -> None:
 
 
 def sampling(args: Args, device: torch.device) -> list[dict[str, Any]]:
-    """One guided step: the class and the null pass in one batch of twice the images."""
+    """One guided step: the class and the null pass in one batch of twice the images.
+
+    Not the first of a batch: weights are rounded and tailors gathered once for all of a sampler's steps.
+    """
     rows = []
     for name in (args.model,) if args.model else ("DiT-S", "DiT-B"):
         dense, kind = model_pair(name, CLASSES)
@@ -227,10 +230,11 @@ def sampling(args: Args, device: torch.device) -> list[dict[str, Any]]:
         }
         for dtype in (torch.float32, torch.bfloat16):
             variants = {
-                label: guided_run(model, kind.config, args.batch, dtype, device, label, args.compile)
+                label: guided_run(model, kind.config, args.batch, device, args.compile)
                 for label, model in models.items()
             }
-            seconds = alternate(variants, args.rounds, device)
+            with sampler(dtype, device):
+                seconds = alternate(variants, args.rounds, device)
             limit = allowed(models["kind"], whole=True)
             rows.append(
                 row(f"{name}/2 sampling", dtype, "sample", seconds, limit) | {"compiled": args.compile}
@@ -239,30 +243,19 @@ def sampling(args: Args, device: torch.device) -> list[dict[str, Any]]:
 
 
 def guided_run(
-    model: nn.Module,
-    config: Any,
-    batch: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    label: str,
-    compiled: bool,
+    model: nn.Module, config: Any, batch: int, device: torch.device, compiled: bool
 ) -> Callable[[], None]:
-    model.to(device).eval()
+    model.to(device).eval().requires_grad_(True)  # autocast keeps rounded weights of no others
     if compiled:
         compile_blocks(model)
     x = torch.randn(2 * batch, config.channels, config.input_size, config.input_size, device=device)
     t = torch.full((2 * batch,), 500.0, device=device)
     own = len(model.classes) if isinstance(model, DiT) else CLASSES
     ids = torch.cat([torch.arange(batch) % own, torch.full((batch,), own)]).to(device)
-
-    def run() -> None:
-        with (
-            torch.inference_mode(),
-            torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16),
-        ):
-            model(x, t, ids)
-
-    return run
+    if not isinstance(model, DiT):
+        return lambda: model(x, t, ids)
+    gating = model.gating(ids)
+    return lambda: model(x, t, ids, gating=gating)
 
 
 def gpu(args: Args, device: torch.device) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import contextlib
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -54,7 +54,7 @@ class Args:
     out: Path | None = None
     """Where the JSON goes."""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """The smallest shape only."""
+    """The smallest shapes only."""
 
 
 class RankMask(nn.Module):
@@ -132,7 +132,7 @@ def block_run(
     backward: bool,
     one_class: bool = False,
 ) -> Callable[[], None]:
-    """One block, as in training (with gradients of inputs and weights) or as in sampling."""
+    """One block, as in training (with gradients of inputs and weights) or as in a sampler's steps (`sampler`)."""
     model.to(device)
     block = model.blocks[0]
     torch.nn.init.normal_(block.modulation.weight, std=0.02)  # at zero, all gradients would be
@@ -142,8 +142,9 @@ def block_run(
     ids = torch.arange(batch, device=device) % len(model.classes)
     ids = torch.zeros_like(ids) if one_class else ids
     banks = {n: p for n, p in model.named_parameters() if ".tailor_" in n}
-    apart = Apart(model, banks) if backward and banks else None
+    apart = Apart(model) if backward and banks else None
     places = apart.places(model.gate.slots_on(ids)) if apart else ()
+    shared = None if backward else model.gating(ids)
 
     def run() -> None:
         for parameter in block.parameters():
@@ -153,11 +154,21 @@ def block_run(
             torch.set_grad_enabled(backward),
             torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16),
         ):
-            y = block(x, c, model.gate(ids, None) if model.gate else None)
+            y = block(x, c, model.gate(ids, None) if model.gate and shared is None else shared)
         if backward:
             y.backward(gradient)
 
     return run
+
+
+@contextlib.contextmanager
+def sampler(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """As around the steps of a sampler: weights are rounded once for all of them."""
+    with (
+        torch.inference_mode(),
+        torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16),
+    ):
+        yield
 
 
 def blocks(args: Args, device: torch.device) -> list[dict[str, Any]]:
@@ -173,7 +184,8 @@ def blocks(args: Args, device: torch.device) -> list[dict[str, Any]]:
                     label: block_run(model, args.batch, dtype, device, backward=backward)
                     for label, model in (("dense", dense), ("kind", kind), ("rank mask", masked))
                 }
-                seconds = alternate(variants, args.rounds, device)
+                with contextlib.nullcontext() if backward else sampler(dtype, device):
+                    seconds = alternate(variants, args.rounds, device)
                 rows.append(
                     row(
                         f"{name} block",
@@ -220,7 +232,8 @@ def classes(args: Args, device: torch.device) -> list[dict[str, Any]]:
                     variants["one class"] = block_run(
                         model, args.batch, dtype, device, backward=backward, one_class=True
                     )
-            seconds = alternate(variants, args.rounds, device)
+            with contextlib.nullcontext() if mode == "training" else sampler(dtype, device):
+                seconds = alternate(variants, args.rounds, device)
             times = {k: 1 / v for k, v in ratios(seconds, f"{counts[0]} classes").items()}
             times["all different / one class"] = 1 / ratios(seconds, "one class")[f"{counts[1]} classes"]
             found[mode] = times
@@ -274,7 +287,7 @@ def sweep(args: Args, device: torch.device) -> list[dict[str, Any]]:
     usual = {"width": 768, "rank": 192, "tailor": 4, "batch": args.batch}
     rows = []
     for key, values in SWEEP.items():
-        for value in values:
+        for value in values[: 1 if args.quick else None]:
             shape = usual | {key: value} | ({"rank": value // 4} if key == "width" else {})
             config = DiTConfig(
                 input_size=32, channels=4, num_classes=150, width=shape["width"], depth=1,

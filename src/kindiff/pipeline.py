@@ -5,6 +5,7 @@ B batch, C/H/W of the model's input.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from kindiff.diffusion.guidance import guided
 from kindiff.errors import UsageError
 from kindiff.models.codec import Codec, open_codec
 from kindiff.models.dit import DiT
+from kindiff.models.layers import Gating
 from kindiff.parallel import ALONE, Ranks
 from kindiff.randomness import Purpose, stream
 from kindiff.runtime import device_of
@@ -106,10 +108,13 @@ class DiTPipeline:
         wanted_B = torch.tensor(list(ids), device=device)
         on_B = wanted_B if tailors else torch.full_like(wanted_B, self.model.classes.null_id)
 
+        @functools.cache  # of the steps, which all have the same ids
+        def gating(ids_B: Tensor) -> Gating | None:
+            usual = tailors and self.model.config.null_gate == "off"
+            return self.model.gating(ids_B, None if usual else on_B.repeat(len(ids_B) // len(on_B)))
+
         def model(x: Tensor, t_B: Tensor, ids_B: Tensor) -> Tensor:
-            if tailors and self.model.config.null_gate == "off":
-                return self.model(x, t_B, ids_B)
-            return self.model(x, t_B, ids_B, on_B.repeat(len(ids_B) // len(on_B)))
+            return self.model(x, t_B, ids_B, gating=gating(ids_B))
 
         predict = guided(
             model,

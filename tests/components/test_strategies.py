@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kindiff.components import ComponentLinear, set_strategy_
+from conftest import randomised
+from kindiff.components import ComponentLinear, decompose, factorize, product, set_strategy_
 from kindiff.components.strategy import choose
+from kindiff.config import KindConfig
 from kindiff.errors import UsageError
 from kindiff.models import DiT, Gating
 
@@ -35,6 +37,7 @@ def gatings() -> dict[str, Gating]:
         "two slots": Gating(
             torch.cat([one, torch.full_like(one, 4)], 1), torch.cat([on, torch.ones_like(on)], 1)
         ),
+        "the last off": Gating(one, torch.tensor([[1.0], [0.0], [1.0], [0.0], [0.0]]), on=3),
         "soft": Gating(torch.arange(5).expand(5, 5), torch.linspace(0.1, 0.9, 25).view(5, 5)),
     }
 
@@ -111,7 +114,7 @@ def test_what_is_frozen_gets_no_gradient_and_changes_none(strategy: str) -> None
 def test_the_gates_weights_learn_where_they_are_soft() -> None:
     layer = layers(8, 1)[0]
     layer.strategy = "joined"  # has no gradient for them, and must not be taken
-    slots, weights, _ = gatings()["soft"]
+    slots, weights, *_ = gatings()["soft"]
     x = torch.randn(5, 6, I_, generator=torch.Generator().manual_seed(1))
     grads = []
     for compute in (lambda w: layer(x, Gating(slots, w)), lambda w: reference(layer, x, Gating(slots, w))):
@@ -164,3 +167,51 @@ def test_no_bit_of_another_class_reaches_a_tailor(strategy: str, dtype: torch.dt
         )
     for own, same in zip(*grads, strict=True):
         assert all(a.equal(b) and a.abs().sum() > 0 for a, b in zip(own, same, strict=True))
+
+
+def shared(gate: str, dense: DiT) -> DiT:
+    """A model of each sort of gate and of learngenes."""
+    kind = KindConfig(learngene_rank=10, tailor_rank=3, gate="soft" if gate == "soft" else "class")
+    model = randomised(factorize(dense, kind), seed=1)
+    parts = decompose(model) if gate != "soft" else None
+    if gate == "both":
+        return randomised(parts.with_new_tailors(("fox", "gnu", "hen"), rank=2, share="both"))
+    if gate == "o alone":
+        return randomised(parts.with_new_tailors(("fox", "gnu", "hen"), rank=2, targets=("o",)))
+    if gate == "dense learngenes":
+        return parts.recombine(layers="dense")
+    if gate == "none":
+        return dense
+    return model
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("gate", ["class", "soft", "both", "o alone", "dense learngenes", "none"])
+def test_calls_that_share_a_gating_are_the_calls_alone(gate: str, dense: DiT, dtype, monkeypatch) -> None:
+    model = shared(gate, dense)
+    off = model.classes.null_id
+    made: list[int] = []
+    gather = product._gather
+    monkeypatch.setattr(product, "_gather", lambda layer, *rest: made.append(1) or gather(layer, *rest))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        for ids in ([0, 2, off, 1, off, off], [off, off]):
+            ids_B = torch.tensor(ids)
+            gating = model.gating(ids_B)
+            alone, together = [], []
+            for k in range(3):
+                x = torch.randn(len(ids), 3, 8, 8, generator=torch.Generator().manual_seed(k))
+                t_B = torch.full((len(ids),), 100.0 * k)
+                made.clear()
+                alone.append(model(x, t_B, ids_B))
+                every = len(made)
+                made.clear()
+                together.append(model(x, t_B, ids_B, gating=gating))
+                assert len(made) == (every if k == 0 and ids[0] != off else 0)  # once, and never for nothing
+            assert all(a.equal(b) for a, b in zip(alone, together, strict=True))
+            assert gating is None or gating.on == (4 if ids[0] != off else 0)
+        monkeypatch.setattr(product, "KEPT", 0)
+        gating = model.gating(torch.tensor([0, 1]))
+        for _ in range(2):
+            made.clear()
+            model(x[:2], t_B[:2], torch.tensor([0, 1]), gating=gating)
+            assert len(made) == every  # what is too large to be kept is gathered for each call

@@ -9,8 +9,8 @@ of a slot, K slots per sample, J = S N components of a whole bank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,48 +24,108 @@ if TYPE_CHECKING:
     from kindiff.components.linear import ComponentLinear
 
 
+Made = TypeVar("Made")
+KEPT = 2**22
+"""Numbers of a batch's own tailors, in one matrix, up to which a sampler's steps share them: of more, gathering them is
+little of a step, and memory counts."""
+
+
 def products(layers: Sequence[ComponentLinear], x_BTI: Tensor, gating: Gating | None) -> list[Tensor]:
     """y (B, T, O) of each of some factored layers that share their input (q, k, v), in the input's dtype.
 
     One product serves the V sides of all. sigma and the gate's weights scale U in fp32, before any rounding.
     All layers have tailors or none has; `kindiff.components.strategy` says how those are computed.
     """
-    dtype = x_BTI.dtype
-    if layers[0].has_tailors and layers[0].tailor_mix is not None:
-        assert gating is not None, "a layer with tailors needs a gate"
-        joined = strategy_of(layers, gating, dtype).name == "joined"
-        return [_mixed(layer, x_BTI, gating, joined=joined) for layer in layers]
+    first, dtype = layers[0], x_BTI.dtype
+    assert gating is not None or not first.has_tailors, "a layer with tailors needs a gate"
+    if not first.has_tailors or gating is None or gating.on == 0:
+        us, v, biases = _common(layers, gating, dtype)
+        return list(_Products.apply(x_BTI, v, None, None, *us, *biases))
+    how = strategy_of(layers, gating, dtype).name
+    if first.tailor_mix is not None:
+        return [_mixed(layer, x_BTI, gating, joined=how == "joined") for layer in layers]
+    if how == "joined":
+        return list(_Products.apply(x_BTI, *_joined(layers, gating, dtype)))
+    us, v, biases = _common(layers, gating, dtype)
+    own, v_own = _own(layers, gating if how == "fused" else _first(gating), dtype)
+    if how == "fused":
+        return list(FusedProducts.apply(x_BTI, v, v_own, *us, *biases, *own))
+    return list(_Products.apply(x_BTI, v, None, v_own, *us, *biases, *own))
+
+
+def _common(
+    layers: Sequence[ComponentLinear], gating: Gating | None, dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor, list[Tensor | None]]:
+    """Of the learngenes: each layer's u, scaled by sigma; the v of all; each layer's bias."""
+
+    def make() -> tuple[list[Tensor], Tensor, list[Tensor | None]]:
+        us = [(layer.u * layer.sigma.unsqueeze(1)).to(dtype) for layer in layers]
+        return us, _stack([layer.v for layer in layers]).to(dtype), _biases(layers, dtype)
+
+    rounded = dtype != layers[0].u.dtype  # else little is saved, for as much memory as the model's
+    return _once(gating, (layers[0], "learngenes"), make, keep=rounded)
+
+
+def _own(
+    layers: Sequence[ComponentLinear], gating: Gating, dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor]:
+    """Of each sample's own tailors: each layer's u (B, M, O), scaled by sigma and the gate, and v (B, M, I) of all."""
+
+    def make() -> tuple[list[Tensor], Tensor]:
+        gathered = [_gather(layer, gating, dtype) for layer in layers]
+        return [u for u, _ in gathered], _stack([v for _, v in gathered], dim=1)
+
+    numbers = layers[0].tailor_u[0].numel() + layers[0].tailor_v[0].numel()
+    few = gating.slots_BK.numel() * numbers <= KEPT
+    return _once(gating, (layers[0], "tailors"), make, keep=few)
+
+
+def _joined(layers: Sequence[ComponentLinear], gating: Gating, dtype: torch.dtype) -> list[Tensor | None]:
+    """What `_Products` takes beside x for learngenes and the whole bank, each sample's columns masked."""
+    mask_B1J = _columns(layers[0], gating).unsqueeze(1).to(dtype)
     us = [layer.u * layer.sigma.unsqueeze(1) for layer in layers]
     vs: list[Tensor] = [layer.v for layer in layers]
-    biases = [None if layer.bias is None else layer.bias.to(dtype) for layer in layers]
-    mask_B1J = v_own = None
-    own: list[Tensor] = []
-    if layers[0].has_tailors:
-        assert gating is not None, "a layer with tailors needs a gate"
-        how = strategy_of(layers, gating, dtype).name
-        if how in ("gathered", "fused"):
-            gathered = [_gather(layer, gating, dtype) for layer in layers]
-            own, v_own = [u for u, _ in gathered], _stack([v for _, v in gathered], dim=1)
-            if how == "fused":
-                us = [u.to(dtype) for u in us]
-                return list(FusedProducts.apply(x_BTI, _stack(vs).to(dtype), v_own, *us, *biases, *own))
-        else:
-            mask_B1J = _columns(layers[0], gating).unsqueeze(1).to(dtype)
-            bank = [(layer.tailor_u * layer.tailor_sigma.unsqueeze(2)).flatten(0, 1) for layer in layers]
-            v_bank = [layer.tailor_v.flatten(0, 1) for layer in layers]
-            if layers[0].u.requires_grad:
-                us = [torch.cat(pair) for pair in zip(us, bank, strict=True)]
-                vs = [v for pair in zip(vs, v_bank, strict=True) for v in pair]
-            else:  # the bank beside the learngenes, whose gradients nobody asks for
-                own, v_own = [u.to(dtype) for u in bank], _stack(v_bank).to(dtype)
+    bank = [(layer.tailor_u * layer.tailor_sigma.unsqueeze(2)).flatten(0, 1) for layer in layers]
+    v_bank = [layer.tailor_v.flatten(0, 1) for layer in layers]
+    v_own, own = None, []
+    if layers[0].u.requires_grad:
+        us = [torch.cat(pair) for pair in zip(us, bank, strict=True)]
+        vs = [v for pair in zip(vs, v_bank, strict=True) for v in pair]
+    else:  # the bank beside the learngenes, whose gradients nobody asks for
+        own, v_own = [u.to(dtype) for u in bank], _stack(v_bank).to(dtype)
     us = [u.to(dtype) for u in us]
-    return list(_Products.apply(x_BTI, _stack(vs).to(dtype), mask_B1J, v_own, *us, *biases, *own))
+    return [_stack(vs).to(dtype), mask_B1J, v_own, *us, *_biases(layers, dtype), *own]
+
+
+def _biases(layers: Sequence[ComponentLinear], dtype: torch.dtype) -> list[Tensor | None]:
+    return [None if layer.bias is None else layer.bias.to(dtype) for layer in layers]
+
+
+def _once(gating: Gating | None, key: object, make: Callable[[], Made], *, keep: bool) -> Made:
+    """What `make` makes, kept with the gating where calls are to share that."""
+    kept = None if gating is None or torch.compiler.is_compiling() else gating.kept
+    if kept is None or not keep or torch.is_grad_enabled():
+        return make()
+    if key not in kept:
+        kept[key] = make()
+    return kept[key]  # type: ignore[no-any-return]
+
+
+def _first(gating: Gating) -> Gating:
+    """The samples up to the last that has a tailor."""
+    return gating._replace(slots_BK=gating.slots_BK[: gating.on], weights_BK=gating.weights_BK[: gating.on])
 
 
 def add_tailors(layer: ComponentLinear, y_BTO: Tensor, x_BTI: Tensor, gating: Gating) -> Tensor:
     """y plus each sample's tailors, for learngenes that were computed by themselves."""
-    u_BMO, v_BMI = _gather(layer, gating, x_BTI.dtype)
-    return torch.baddbmm(y_BTO, torch.bmm(x_BTI, v_BMI.transpose(1, 2)), u_BMO)
+    if gating.on == 0:
+        return y_BTO
+    (u_BMO,), v_BMI = _own([layer], _first(gating), x_BTI.dtype)
+    h_BTM = torch.bmm(x_BTI[: len(v_BMI)], v_BMI.mT)
+    if len(h_BTM) == len(y_BTO):
+        return torch.baddbmm(y_BTO, h_BTM, u_BMO)
+    y_BTO[: len(h_BTM)].baddbmm_(h_BTM, u_BMO)
+    return y_BTO
 
 
 def _mixed(layer: ComponentLinear, x_BTI: Tensor, gating: Gating, *, joined: bool) -> Tensor:
@@ -112,10 +172,10 @@ def _stack(tensors: list[Tensor], dim: int = 0) -> Tensor:
 class _Products(torch.autograd.Function):
     """y_i = h_i U_i + b_i with h = x V^T, and (x v^T) u_i on top where there are v and u_i of tailors' own.
 
-    Those are each sample's (B, M, I) and (B, M, O), or a bank's (J, I) and (J, O) with a mask: a sample's columns of
-    the products with V are multiplied by its mask, so that the others' tailors give nothing. A mask without v is for
-    a bank that stands in the last J rows of each U_i and of each layer's part of V. Only the gradients that are asked
-    for are computed.
+    Those are each sample's (B, M, I) and (B, M, O) (or of the first samples, where the others have none), or a bank's
+    (J, I) and (J, O) with a mask: a sample's columns of the products with V are multiplied by its mask, so that the
+    others' tailors give nothing. A mask without v is for a bank that stands in the last J rows of each U_i and of each
+    layer's part of V. Only the gradients that are asked for are computed.
     """
 
     @staticmethod
@@ -136,7 +196,7 @@ class _Products(torch.autograd.Function):
         ]
         h_own = None
         if v_own is not None:
-            h_own = (x_BTI if v_own.ndim == 3 else x) @ v_own.mT
+            h_own = (x_BTI[: len(v_own)] if v_own.ndim == 3 else x) @ v_own.mT
             parts = h_own.split([u.shape[-2] for u in own], dim=-1)
             if mask_B1J is not None:
                 _mask_(parts, mask_B1J)
@@ -174,7 +234,7 @@ class _Products(torch.autograd.Function):
         db = [dy.sum(dim=0) if need else None for need, dy in zip(need_b, dys, strict=True)]
         du_own: list[Tensor | None] = []
         if v_own is not None:
-            own_dys = dys_BTO if v_own.ndim == 3 else dys
+            own_dys = [dy[: len(v_own)] for dy in dys_BTO] if v_own.ndim == 3 else dys
             parts = [dy @ u.mT for dy, u in zip(own_dys, own, strict=True)]
             if mask_B1J is not None:
                 _mask_(parts, mask_B1J)
@@ -182,7 +242,8 @@ class _Products(torch.autograd.Function):
             if dx is not None:
                 _add_product_(dx, dh_own, v_own)
             if needs[3]:
-                dv_own = dh_own.mT @ (x.view(ctx.batch, -1, x.shape[1]) if v_own.ndim == 3 else x)
+                x_own = x.view(ctx.batch, -1, x.shape[1])[: len(v_own)] if v_own.ndim == 3 else x
+                dv_own = dh_own.mT @ x_own
             pieces = h_own.split([u.shape[-2] for u in own], dim=-1)
             du_own = [
                 part.mT @ dy if need else None
@@ -197,9 +258,9 @@ def _rows(x_BTI: Tensor) -> Tensor:
 
 
 def _add_product_(y: Tensor, a: Tensor, b: Tensor) -> None:
-    """y (rows, O) += a b in place; of three dimensions, a and b have a matrix for each sample."""
+    """y (rows, O) += a b in place; of three dimensions, a and b have a matrix for each of the first samples."""
     if a.ndim == 3:
-        y.view(len(a), -1, y.shape[1]).baddbmm_(a, b)
+        y[: a.shape[0] * a.shape[1]].view(len(a), -1, y.shape[1]).baddbmm_(a, b)
     else:
         y.addmm_(a, b)
 

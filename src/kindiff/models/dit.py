@@ -71,18 +71,25 @@ class DiT(nn.Module):
         self.final = FinalLayer(config)
         initialise_(self)
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, ids_B: Tensor, gate_ids_B: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        ids_B: Tensor,
+        gate_ids_B: Tensor | None = None,
+        gating: Gating | None = None,
+    ) -> Tensor:
         """Predict from noisy inputs: (B, out_channels, H, W), in the inputs' dtype.
 
         t_B timesteps in [0, 1000); ids_B class ids, the null id for no class. The gate sees gate_ids_B where
-        given (gate dropout in training), else the same ids as the embedding.
+        given (gate dropout in training), else the same ids as the embedding. gating: what it says of them, where
+        `gating` has asked it already.
         """
         x_BTD = self.patch_embed(patchify(x_BCHW, self.config.patch)) + self.positions_TD
         e_BD = self.class_embed(ids_B)
         last = self.config.time_features == "diffusers"
         c_BD = self.time_embed(timestep_features(t_B, FREQUENCIES, reach_last=last).to(e_BD.dtype)) + e_BD
-        gating = None
-        if self.gate is not None:
+        if self.gate is not None and gating is None:
             gating = self.gate(ids_B if gate_ids_B is None else gate_ids_B, e_BD)
         c_BD = F.silu(c_BD)
         for block in self.blocks:
@@ -93,6 +100,19 @@ class DiT(nn.Module):
         return unpatchify(
             self.final(x_BTD, c_BD).to(x_BCHW.dtype), self.config.patch, self.config.out_channels
         )
+
+    @torch.no_grad()
+    def gating(self, ids_B: Tensor, gate_ids_B: Tensor | None = None) -> Gating | None:
+        """What the gate says of a batch, for all calls with these ids that a sampler makes; None without a gate.
+
+        Component matrices round and gather their factors once for all of these calls, so the weights must stay as
+        they are meanwhile, and the arithmetic; samples at the end that have no tailor (guidance's null pass) cost none.
+        """
+        if self.gate is None:
+            return None
+        gating: Gating = self.gate(ids_B if gate_ids_B is None else gate_ids_B, self.class_embed(ids_B))
+        on = gating.weights_BK.any(dim=1).nonzero()
+        return gating._replace(on=int(on[-1]) + 1 if len(on) else 0, kept={})
 
     def set_positions_(self) -> None:
         """Make the table of positions, which no file holds: for a model that was built without memory."""

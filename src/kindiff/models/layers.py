@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +22,15 @@ class Gating(NamedTuple):
     """What a gate decides for a batch: which tailor slots are on for each sample, and how much.
 
     slots_BK int64 slot numbers; weights_BK float32. A weight of zero switches the slot off. ids_B: the class ids, for
-    matrices that weigh slots by class.
+    matrices that weigh slots by class. The rest is for calls without gradients that share a gating (`DiT.gating`): from
+    sample `on` to the end every slot is off; in `kept` matrices keep what they made of it.
     """
 
     slots_BK: Tensor
     weights_BK: Tensor
     ids_B: Tensor | None = None
+    on: int | None = None
+    kept: dict[Any, Any] | None = None
 
 
 class Linear(nn.Linear):

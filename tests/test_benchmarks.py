@@ -1,0 +1,33 @@
+"""The benchmarks still run: each at its smallest, for the sake of its code; no time is looked at."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = (
+    "speed.py blocks --quick --rounds 1",
+    "speed.py classes --quick --rounds 1",
+    "speed.py products --quick --rounds 1",
+    "speed.py sweep --quick --rounds 1",
+    "models.py steps --model DiT-T --rounds 1",
+    "models.py sampling --model DiT-T --rounds 1",
+    "models.py profile --model DiT-T --rounds 1",
+    "strategies.py --rounds 1 --images 4 --tokens 16",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_benchmark_runs_and_writes_its_figures(tmp_path: Path, command: str) -> None:
+    script, *arguments = command.split()
+    out = tmp_path / "figures.json"
+    called = [sys.executable, f"benchmarks/{script}", *arguments, "--device", "cpu", "--out", str(out)]
+    done = subprocess.run(called, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {"versions", "hardware"} < json.loads(out.read_text()).keys()
