@@ -233,6 +233,8 @@ def sampling(args: Args, device: torch.device) -> list[dict[str, Any]]:
                 label: guided_run(model, kind.config, args.batch, device, args.compile)
                 for label, model in models.items()
             }
+            alone = guided_run(models["kind"], kind.config, args.batch, device, args.compile, shared=False)
+            variants["kind, steps that share nothing"] = alone
             with sampler(dtype, device):
                 seconds = alternate(variants, args.rounds, device)
             limit = allowed(models["kind"], whole=True)
@@ -243,7 +245,7 @@ def sampling(args: Args, device: torch.device) -> list[dict[str, Any]]:
 
 
 def guided_run(
-    model: nn.Module, config: Any, batch: int, device: torch.device, compiled: bool
+    model: nn.Module, config: Any, batch: int, device: torch.device, compiled: bool, *, shared: bool = True
 ) -> Callable[[], None]:
     model.to(device).eval().requires_grad_(True)  # autocast keeps rounded weights of no others
     if compiled:
@@ -252,7 +254,7 @@ def guided_run(
     t = torch.full((2 * batch,), 500.0, device=device)
     own = len(model.classes) if isinstance(model, DiT) else CLASSES
     ids = torch.cat([torch.arange(batch) % own, torch.full((batch,), own)]).to(device)
-    if not isinstance(model, DiT):
+    if not isinstance(model, DiT) or not shared:
         return lambda: model(x, t, ids)
     gating = model.gating(ids)
     return lambda: model(x, t, ids, gating=gating)
