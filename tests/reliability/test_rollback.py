@@ -174,6 +174,11 @@ def test_a_damaged_capsule_or_list_is_named(shapes: Path, tmp_path: Path, poison
         assert main(["replay", str(capsule)]) == 1
         assert str(path) in capfd.readouterr().err
         path.write_bytes(whole)
+    description = json.loads((capsule / "capsule.json").read_text())
+    for run in ({"config": {"rival": {"method": "none such"}}}, {"config": 3}):
+        (capsule / "capsule.json").write_text(json.dumps(description | {"run": run}))
+        assert main(["replay", str(capsule)]) == 1
+        assert "what it says of its run cannot be" in capfd.readouterr().err
     assert main(["replay", str(tmp_path)]) == 1
     assert "is no capsule" in capfd.readouterr().err
     (tmp_path / "run" / "rollbacks.json").write_text('{"windows": [{"first": 3, "end": 1}]}')

@@ -21,7 +21,7 @@ from kindiff.diffusion import loss_of
 from kindiff.errors import BadFileError, UsageError
 from kindiff.models.dit import DiT
 from kindiff.rivals import RIVALS, start
-from kindiff.rivals.learngenes import constrained
+from kindiff.rivals.learngenes import BANKS, constrained
 
 FORMAT = 2
 
@@ -74,7 +74,7 @@ def replay(folder: Path) -> dict[str, Any]:
     """
     description = _description(folder)
     batch = _batch(folder)
-    model = DiT.from_pretrained(folder / "model", wrap=_wrap(description["run"], description["trained"]))
+    model = DiT.from_pretrained(folder / "model", wrap=_wrap(folder / "capsule.json", description))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in description["trained"])
     loss_function = loss_of(model.config)
@@ -126,15 +126,20 @@ def _wrong(tensors: dict[str, Tensor]) -> list[str]:
     return [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
 
 
-def _wrap(run: dict[str, Any], trained: list[str]) -> Callable[[DiT], DiT] | None:
+def _wrap(path: Path, description: dict[str, Any]) -> Callable[[DiT], DiT] | None:
     """What makes of a plain model the one that trained, where a rival's layers or constraint are in it."""
-    config = run.get("config", {})
-    if any(name.startswith("learngene.") for name in trained):
+    try:
+        config = dict(description["run"].get("config", {}))
+        rival = from_dict(RivalConfig, config["rival"]) if "rival" in config else None
         method = config.get("method", "fine")  # no method: FINE's first stage, a run inside that of `adapt`
-        return lambda model: constrained(model.config, model.classes, method)
-    if "rival" not in config or not RIVALS[config["rival"]["method"]].foreign:
+        if any(str(name).startswith("learngene.") for name in description["trained"]):
+            if method not in BANKS:
+                raise UsageError(f"method {method!r} has no learngene of its own")
+            return lambda model: constrained(model.config, model.classes, method)
+    except (UsageError, KeyError, TypeError, ValueError) as error:
+        raise BadFileError(f"{path} is damaged, what it says of its run cannot be: {error}") from None
+    if rival is None or not RIVALS[rival.method].foreign:
         return None
-    rival = from_dict(RivalConfig, config["rival"])
     return lambda model: start(model, model.classes, rival, seed=0)
 
 
