@@ -141,8 +141,8 @@ def block_run(
     gradient = torch.randn_like(x)
     ids = torch.arange(batch, device=device) % len(model.classes)
     ids = torch.zeros_like(ids) if one_class else ids
-    banks = {n: p for n, p in model.named_parameters() if ".tailor_" in n}
-    apart = Apart(model) if backward and banks else None
+    has_banks = any(".tailor_" in name for name, _ in model.named_parameters())
+    apart = Apart(model) if backward and has_banks else None
     places = apart.places(model.gate.slots_on(ids)) if apart else ()
     shared = None if backward else model.gating(ids)
 

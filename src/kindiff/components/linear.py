@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kindiff.components.algebra import Factors
-from kindiff.components.product import add_tailors, products
+from kindiff.components.product import add_tailors_, products
 from kindiff.components.strategy import Choice
 from kindiff.models.layers import Gating, compute_dtype
 
@@ -92,7 +92,7 @@ class ComponentLinear(nn.Module):
         outputs = [F.linear(x_BTI, layer.weight, layer.bias) for layer in layers]
         if layers[0].has_tailors:
             assert gating is not None, "a layer with tailors needs a gate"
-            return [add_tailors(layer, y, x_BTI, gating) for layer, y in zip(layers, outputs, strict=True)]
+            return [add_tailors_(layer, y, x_BTI, gating) for layer, y in zip(layers, outputs, strict=True)]
         return outputs
 
     @torch.no_grad()

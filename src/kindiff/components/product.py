@@ -116,15 +116,12 @@ def _first(gating: Gating) -> Gating:
     return gating._replace(slots_BK=gating.slots_BK[: gating.on], weights_BK=gating.weights_BK[: gating.on])
 
 
-def add_tailors(layer: ComponentLinear, y_BTO: Tensor, x_BTI: Tensor, gating: Gating) -> Tensor:
-    """y plus each sample's tailors, for learngenes that were computed by themselves."""
+def add_tailors_(layer: ComponentLinear, y_BTO: Tensor, x_BTI: Tensor, gating: Gating) -> Tensor:
+    """y plus each sample's tailors, in place, for learngenes that were computed by themselves."""
     if gating.on == 0:
         return y_BTO
     (u_BMO,), v_BMI = _own([layer], _first(gating), x_BTI.dtype)
-    h_BTM = torch.bmm(x_BTI[: len(v_BMI)], v_BMI.mT)
-    if len(h_BTM) == len(y_BTO):
-        return torch.baddbmm(y_BTO, h_BTM, u_BMO)
-    y_BTO[: len(h_BTM)].baddbmm_(h_BTM, u_BMO)
+    y_BTO[: len(u_BMO)].baddbmm_(x_BTI[: len(v_BMI)] @ v_BMI.mT, u_BMO)
     return y_BTO
 
 
