@@ -11,7 +11,8 @@ from PIL import Image
 from kindiff.errors import BadFileError, UsageError
 from kindiff.evaluate import lite0
 from kindiff.evaluate.features import CallableFeatures, extract, resize_half_pixel, resize_tf1, to_tensor
-from kindiff.evaluate.lite0 import Lite0Features, SameConv
+from kindiff.evaluate.lite0 import Lite0, Lite0Features, SameConv, installed
+from kindiff.evaluate.weights import load_into, load_state
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +42,11 @@ def test_half_pixel_resize_is_pillows_bilinear() -> None:
 
 def test_same_padding_puts_the_odd_cell_at_the_bottom_right() -> None:
     conv = SameConv(1, 1, 3, stride=2)
-    conv.weight.data[0, 0, 0, 0] = 1.0  # the top left tap
+    conv.weight.data.zero_()[0, 0, 0, 0] = 1.0  # the top left tap
     x = torch.arange(16.0).reshape(1, 1, 4, 4)
     assert conv(x)[0, 0].tolist() == [[0, 2], [8, 10]]  # nothing is padded on the top and the left
     odd = SameConv(1, 1, 3, stride=2)
-    odd.weight.data[0, 0, 0, 0] = 1.0
+    odd.weight.data.zero_()[0, 0, 0, 0] = 1.0
     assert odd(torch.ones(1, 1, 5, 5))[0, 0].tolist() == [[0, 0, 0], [0, 1, 1], [0, 1, 1]]
 
 
@@ -69,6 +70,16 @@ def test_lite0_of_an_image_does_not_depend_on_its_batch(features: Lite0Features)
     whole = features(images)["pool"]
     parts = np.concatenate([features(images[:1])["pool"], features(images[1:])["pool"]])
     np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=2e-5)
+
+
+def test_lite0_is_the_network_as_published(features: Lite0Features) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    net = Lite0()  # with its batch norms and a whole batch at once
+    load_into(net, load_state(installed()), installed())
+    inputs = (resize_half_pixel(to_tensor(images), 224) - 127.0) / 128.0
+    with torch.no_grad():
+        expected = net.eval()(inputs).numpy()
+    np.testing.assert_allclose(features(images)["pool"], expected, rtol=1e-4, atol=2e-5)
 
 
 def test_other_weights_and_a_missing_package_are_refused(

@@ -12,7 +12,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from kindiff.errors import UsageError
 
@@ -93,6 +95,31 @@ def extract(features: Features, images_BHWC: np.ndarray, *, first: int = 0) -> d
                 f"{name!r}); the weights or the image are broken."
             )
     return found
+
+
+PIECE = 4
+"""On a CPU so many images go through a network at a time: more would leave the cache between two layers."""
+
+
+def make_ready_(net: nn.Module, device: str) -> None:
+    """Make a network one for evaluation on a device: frozen, channels last (1.5 times faster on a CPU), every batch
+    norm taken into the convolution that was defined before it."""
+    net.eval().requires_grad_(False)
+    for module in net.modules():
+        conv = ""
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Conv2d):
+                conv = name
+            elif isinstance(child, nn.BatchNorm2d):
+                setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), child))
+                setattr(module, name, nn.Identity())
+    net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def pieces(x_BCHW: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A batch as what its device does fastest: whole, on a CPU PIECE images at a time; channels last."""
+    whole = x_BCHW.contiguous(memory_format=torch.channels_last)
+    return whole.split(PIECE) if whole.device.type == "cpu" else (whole,)
 
 
 def to_tensor(images_BHWC: np.ndarray) -> torch.Tensor:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kindiff.checkpoint import sha256 as file_sha256
-from kindiff.evaluate.features import resize_tf1, to_tensor
+from kindiff.evaluate.features import make_ready_, pieces, resize_tf1, to_tensor
 from kindiff.evaluate.weights import checked, download, load_into, load_state
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
@@ -199,9 +199,8 @@ class InceptionFeatures:
     resize = "TF1 bilinear (no half-pixel centres, no antialiasing) to 299, (x - 128) / 128"
 
     def __init__(self, net: FIDInception, *, sha256: str, device: str = "cpu") -> None:
-        # channels last: 1.5 times faster on a CPU
-        self.net = net.eval().requires_grad_(False).to(device)
-        self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        make_ready_(net, device)
+        self.net = net
         self.sha256 = sha256
         self.device = device
 
@@ -229,7 +228,7 @@ class InceptionFeatures:
     @torch.inference_mode()
     def __call__(self, images_BHWC: np.ndarray) -> dict[str, np.ndarray]:
         x = (resize_tf1(to_tensor(images_BHWC).to(self.device), SIDE) - 128.0) / 128.0
-        pool, spatial = self.net(x.contiguous(memory_format=torch.channels_last))
+        pool, spatial = (torch.cat(parts) for parts in zip(*map(self.net, pieces(x)), strict=True))
         logits = pool @ self.net.fc.weight.T
         return {key: value.cpu().numpy() for key, value in zip(OUTPUTS, (pool, spatial, logits), strict=True)}
 
