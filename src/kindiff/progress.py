@@ -60,7 +60,7 @@ class Track:
         self.done += count
         note = f"{self.note}  {self.rate():.0f} {self.unit}/s".strip()
         if self.bar:
-            self.bar.update(self.task, completed=self.done, note=note)
+            self.bar.update(self.task, completed=self.done, total=self.total, note=note)
         elif time.monotonic() - self.said > LINE_EVERY:
             self._line(note)
 

@@ -10,7 +10,7 @@ from small import figures, record, write_study
 
 from kindiff.errors import BadFileError, UsageError
 from kindiff.study.config import Cell, read_study
-from kindiff.study.grid import done, left, spent
+from kindiff.study.grid import left, progress, spent
 from kindiff.study.records import read_records, write_record
 from kindiff.study.runner import run_workers
 from kindiff.study.tables import best_rows, markdown, sweep, sweep_markdown
@@ -31,18 +31,38 @@ def test_rates_are_tried_first_then_the_best_is_scored_with_every_seed(study):
     works = left(study, swept)
     assert [w.cell.method for w in works] == ["lora"] * 4 + ["kind"] * 2  # a comparison before more seeds
     assert [(w.cell.lr, w.cell.seed, w.test) for w in works[-2:]] == [(0.003, 0, True), (0.003, 1, True)]
-    assert done(study, swept) == 4
+    assert progress(study, swept) == (4, 12)
     scored = [replace(r, test=figures(3.0)) if r.lr == 0.003 else r for r in swept]
     scored.append(record("kind", 0.003, seed=1, test=2.0))
     assert [w.cell.method for w in left(study, scored)] == ["lora"] * 4
-    assert (done(study, scored), study.units()) == (6, 12)
-    assert (done(study, scored, ["lora"]), study.units(["lora"])) == (0, 6)
+    assert progress(study, scored) == (6, 12)
+    assert progress(study, scored, ["lora"]) == (0, 6)
     timed = [replace(r, train_seconds=360.0) for r in scored]
     assert spent(study, timed).endswith("; the rest takes about 0.5")  # as much again
     assert spent(study, timed).startswith("6 of 12 trainings and scores are done, 0.5 hours of training")
     assert spent(study, timed, ["lora"]) == (
         "0 of 6 trainings and scores are done, 0.0 hours of training in one process"
     )
+
+
+def test_a_method_whose_best_rate_is_the_last_it_tried_tries_the_next(study):
+    config = replace(study.config, lrs_beyond=(0.0003, 0.1, 0.3))
+    study = replace(study, config=config)
+
+    def next_rates(*distances, rates=RATES):
+        swept = [record("kind", lr, validation=v) for lr, v in zip(rates, distances, strict=True)]
+        return [(w.cell.lr, w.test) for w in left(study, swept) if w.cell.method == "kind"]
+
+    assert next_rates(4.0, 2.0, 3.0, 9.0) == [(0.003, True), (0.003, True)]
+    assert next_rates(4.0, 3.0, 2.0, 1.0) == [(0.1, False)]
+    assert next_rates(1.0, 3.0, 2.0, 4.0) == [(0.0003, False)]
+    assert next_rates(4.0, 3.0, 2.0, 1.0, 0.5, rates=(*RATES, 0.1)) == [(0.3, False)]
+    assert next_rates(4.0, 3.0, 2.0, 1.0, 5.0, rates=(*RATES, 0.1)) == [(0.03, True), (0.03, True)]
+    further = [
+        record("kind", lr, validation=v) for lr, v in zip((*RATES, 0.1), (4, 3, 2, 1, 0.5), strict=True)
+    ]
+    further.append(record("kind", 0.03, seed=1, test=3.0))  # scored before the next rate was tried
+    assert progress(study, further, ["kind"]) == (5, 8)
 
 
 def test_a_rate_that_fails_is_passed_over_and_a_method_that_always_fails_ends(study):

@@ -44,6 +44,8 @@ class StudyConfig:
     """Folder of the pre-training recipes, relative to the study's."""
     lrs: tuple[float, ...]
     """Peak learning rates; every method tries each, and the best on the validation images counts."""
+    lrs_beyond: tuple[float, ...] = ()
+    """Lower and higher ones, for a method whose best is the lowest or the highest it tried: it tries the next too."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the transfer (order, noise, fresh weights); rates are chosen with the first."""
     validation_per_class: int = 30
@@ -177,14 +179,9 @@ class Study:
         return (not tasks or task in tasks) and (not methods or method in methods)
 
     def rates(self, method: str) -> tuple[float, ...]:
-        """The learning rates that a method is tried with: the grid, or one where nothing trains."""
+        """The learning rates that a method is tried with at the least: lrs, or one where nothing trains."""
         recombine = self.methods[method].recombine
         return self.config.lrs if recombine is None or recombine.train else self.config.lrs[:1]
-
-    def units(self, only: Sequence[str] = ()) -> int:
-        """Units of work in all, of what `only` picks: a rate tried, a seed scored."""
-        picked = [m for t, m in self.pairs() if self.picks(t, m, only)]
-        return sum(len(self.rates(m)) + len(self.config.seeds) for m in picked)
 
     def pairs(self) -> list[tuple[str, str]]:
         """Every (task, method), the methods of a task together."""

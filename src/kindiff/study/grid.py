@@ -24,13 +24,29 @@ def best_rate(records: Sequence[Record]) -> float | None:
     return min(scored, key=lambda r: r.validation.distance).lr if scored else None  # type: ignore[union-attr]
 
 
+def sweep_of(study: Study, known: dict[Cell, Record], task: str, method: str) -> list[Cell]:
+    """The cells that choose a method's rate on a task, as far as is known: those of lrs, and as long as the lowest or
+    the highest is the best, the next of lrs_beyond."""
+    rates, every = set(study.rates(method)), sorted({*study.config.lrs, *study.config.lrs_beyond})
+    while True:
+        cells = [Cell(task=task, method=method, lr=lr, seed=study.config.seeds[0]) for lr in sorted(rates)]
+        best = best_rate([known[cell] for cell in cells if cell in known])
+        if best is None or len(cells) == 1 or not all(cell in known for cell in cells):
+            return cells
+        place = every.index(best)
+        more = set(every[max(place - 1, 0) : place + 2]) - rates
+        if not more:
+            return cells
+        rates |= more
+
+
 def left(study: Study, records: Sequence[Record]) -> list[Work]:
     """What is missing, in the order to do it in: seed by seed, so that a study cut short compares all methods."""
     known = {r.cell: r for r in records}
     first, *others = study.config.seeds
     stages: list[list[Work]] = [[] for _ in range(1 + len(study.config.seeds))]
     for task, method in study.pairs():
-        sweep = [Cell(task=task, method=method, lr=lr, seed=first) for lr in study.rates(method)]
+        sweep = sweep_of(study, known, task, method)
         if missing := [cell for cell in sweep if cell not in known]:
             stages[0] += [Work(cell=cell, test=False) for cell in missing]
             continue
@@ -44,21 +60,26 @@ def left(study: Study, records: Sequence[Record]) -> list[Work]:
     return [work for stage in stages for work in stage]
 
 
-def done(study: Study, records: Sequence[Record], only: Sequence[str] = ()) -> int:
-    """Units of work that are done, of study.units(only); records of what the study no longer has do not count."""
-    pairs, first = [pair for pair in study.pairs() if study.picks(*pair, only)], study.config.seeds[0]
-    return sum(
-        (r.seed == first) + (r.test is not None)
-        for r in records
-        if (r.task, r.method) in pairs and r.lr in study.rates(r.method) and r.seed in study.config.seeds
-    )
+def progress(study: Study, records: Sequence[Record], only: Sequence[str] = ()) -> tuple[int, int]:
+    """Units of work that are done, and in all as far as is known, of what `only` picks: a rate tried, a seed trained or
+    scored; records of what the study no longer has do not count."""
+    known, seeds = {r.cell: r for r in records}, study.config.seeds
+    done = units = 0
+    for task, method in study.pairs():
+        if study.picks(task, method, only):
+            sweep = sweep_of(study, known, task, method)
+            tried = [known[cell] for cell in sweep if cell in known]
+            best = [r for r in records if (r.task, r.method, r.lr) == (task, method, best_rate(tried))]
+            done += len(tried) + sum(r.test is not None and r.seed in seeds for r in best)
+            units += len(sweep) + len(seeds)
+    return done, units
 
 
 def spent(study: Study, records: Sequence[Record], only: Sequence[str] = ()) -> str:
     """A sentence: how much is done of what `only` picks, the hours that its training took, and those of the rest."""
-    units, now = study.units(only), done(study, records, only)
+    done, units = progress(study, records, only)
     hours = sum(r.train_seconds for r in records if study.picks(r.task, r.method, only)) / 3600
-    rest = f"; the rest takes about {hours / now * (units - now):.1f}" if 0 < now < units else ""
+    rest = f"; the rest takes about {hours / done * (units - done):.1f}" if 0 < done < units else ""
     return (
-        f"{now} of {units} trainings and scores are done, {hours:.1f} hours of training in one process{rest}"
+        f"{done} of {units} trainings and scores are done, {hours:.1f} hours of training in one process{rest}"
     )

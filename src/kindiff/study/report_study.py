@@ -127,7 +127,9 @@ def _protocol(m: Material) -> list[str]:
         what
         + "KIND, this project's method, pre-trains a model whose weights come apart into shared learngenes and a "
         f"small tailor for each class{new}On a task all trainings have the same images, batches and steps and the same "
-        f"{rates} learning rates to choose from, by images held out for that.",
+        f"{rates} learning rates to choose from"
+        + (", and the next where the last was the best" if m.study.config.lrs_beyond else "")
+        + ", by images held out for that.",
         f"{one.distance_name} is a Fréchet distance between features of samples and of real test images: lower is "
         f"better; mean ± standard deviation over {seeds} seeds. The floor is that distance between two sets of real "
         "images. Class accuracy is the share of samples that a classifier takes for the class they were asked to be.",

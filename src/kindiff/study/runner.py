@@ -14,7 +14,7 @@ from kindiff import runtime
 from kindiff.progress import Track, say
 from kindiff.study.cells import Bench
 from kindiff.study.config import Study
-from kindiff.study.grid import Work, done, left
+from kindiff.study.grid import Work, left, progress
 from kindiff.study.records import read_records
 
 PAUSE = 2.0
@@ -69,12 +69,13 @@ def run_workers(
             path = logs / f"worker-{i}.log"
             with path.open("a") as log:
                 processes[path] = subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log)
-        already = done(study, read_records(study.results), only)
-        with Track(study.name, study.units(only), unit="cells", done=already) as track:
+        already, units = progress(study, read_records(study.results), only)
+        with Track(study.name, units, unit="cells", done=already) as track:
             while any(process.poll() is None for process in processes.values()):
                 time.sleep(PAUSE)
-                if now := done(study, read_records(study.results), only) - track.done:
-                    track.advance(now)
+                now, track.total = progress(study, read_records(study.results), only)
+                if now != track.done:
+                    track.advance(now - track.done)
                 for path, process in processes.items():
                     if process.poll() and path not in failed:
                         failed.add(path)
