@@ -22,7 +22,7 @@ import tyro
 from kindiff import runtime
 from kindiff.checkpoint import write_json
 from kindiff.evaluate.inception import FIDInception, InceptionFeatures
-from kindiff.evaluate.lite0 import Lite0Features
+from kindiff.evaluate.lite0 import Lite0, Lite0Features
 from kindiff.evaluate.metrics import frechet_distance
 from kindiff.evaluate.moments import Moments, moments
 
@@ -52,6 +52,18 @@ def timed(function: Callable[[], object]) -> tuple[float, float]:
     clock, processor = time.perf_counter(), time.process_time()
     function()
     return time.perf_counter() - clock, time.process_time() - processor
+
+
+def published(net: torch.nn.Module, side: int, count: int) -> Callable[[object], None]:
+    """A pass of `count` images of the input's size through a network as it was published, whole."""
+    net.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.rand(count, 3, side, side).contiguous(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def run(_: object) -> None:
+        net(x)
+
+    return run
 
 
 def features_like(count: int, dims: int, seed: int) -> Moments:
@@ -86,15 +98,17 @@ def main(args: Args) -> None:
     }
     images = np.random.default_rng(0).integers(0, 256, (args.images, 256, 256, 3), dtype=np.uint8)
     small = np.ascontiguousarray(images[:, :32, :32])
-    lite0, inception = Lite0Features.load(), InceptionFeatures(FIDInception(), sha256="random weights")
-    rates: dict[str, dict[str, list[float]]] = {"lite0, 32 px": {}, "inception, 256 px": {}}
+    networks: dict[str, tuple[Callable[[np.ndarray], object], np.ndarray]] = {
+        "lite0, 32 px": (Lite0Features.load(), small),
+        "lite0 as published": (published(Lite0(), 224, len(small)), small),
+        "inception, 256 px": (InceptionFeatures(FIDInception(), sha256="random weights"), images),
+        "inception as published": (published(FIDInception(), 299, len(images)), images),
+    }
+    rates: dict[str, dict[str, list[float]]] = {name: {} for name in networks}
     for _ in range(args.rounds):
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            for name, network, batch in (
-                ("lite0, 32 px", lite0, small),
-                ("inception, 256 px", inception, images),
-            ):
+            for name, (network, batch) in networks.items():
                 seconds, _ = timed(lambda network=network, batch=batch: network(batch))  # type: ignore[misc]
                 rates[name].setdefault(f"{threads} threads", []).append(len(batch) / seconds)
     facts["images_per_s"] = {
