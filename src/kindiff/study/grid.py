@@ -69,7 +69,8 @@ def progress(study: Study, records: Sequence[Record], only: Sequence[str] = ()) 
         if study.picks(task, method, only):
             sweep = sweep_of(study, known, task, method)
             tried = [known[cell] for cell in sweep if cell in known]
-            best = [r for r in records if (r.task, r.method, r.lr) == (task, method, best_rate(tried))]
+            lr = best_rate(tried)
+            best = [r for r in records if (r.task, r.method, r.lr) == (task, method, lr)]
             done += len(tried) + sum(r.test is not None and r.seed in seeds for r in best)
             units += len(sweep) + len(seeds)
     return done, units
