@@ -66,6 +66,12 @@ def test_frechet_with_fewer_images_than_dimensions() -> None:
     expected = (shift**2).sum() + 0.7**2 * np.trace(a.cov)
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
     assert abs(frechet_distance(a, a)) < 1e-12 * np.trace(a.cov)
+    # against many images: the trace of the root is the nuclear norm of the sets' product, no eigenvector in it
+    y = rng(2).standard_normal((900, 200))
+    many = moments(y)
+    cross = np.linalg.norm((x - x.mean(0)) @ (y - y.mean(0)).T, "nuc") / np.sqrt(19 * 899)
+    expected = ((a.mean - many.mean) ** 2).sum() + np.trace(a.cov) + np.trace(many.cov) - 2 * cross
+    assert frechet_distance(a, many) == pytest.approx(expected, rel=1e-12)
 
 
 def test_frechet_agrees_with_scipy_and_torchmetrics_on_the_same_features() -> None:

@@ -39,14 +39,15 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     # roots of the eigenvalues of the symmetric A^(1/2) B A^(1/2), that is the sum of the singular values of
     # A^(1/2) B^(1/2). These need no root of a rounding error: a null direction costs 1e-16, not 1e-8.
     shift_D = a.mean - b.mean
-    cross = np.linalg.svd(_root(a.cov).T @ _root(b.cov), compute_uv=False).sum()
+    cross = np.linalg.svd(_root(a).T @ _root(b), compute_uv=False).sum()
     return float(shift_D @ shift_D + np.trace(a.cov) + np.trace(b.cov) - 2.0 * cross)
 
 
-def _root(cov_DD: np.ndarray) -> np.ndarray:
-    """A square matrix R with R R^T = cov, for a symmetric positive semi-definite one."""
-    values_D, vectors_DD = np.linalg.eigh(cov_DD)
-    return vectors_DD * np.sqrt(np.clip(values_D, 0.0, None))
+def _root(of: Moments) -> np.ndarray:
+    """A matrix R (D, at most D) with R R^T = cov: of N images no more than N - 1 directions vary."""
+    values_D, vectors_DD = np.linalg.eigh(of.cov)  # ascending
+    first = max(of.dims - of.count + 1, 0) if of.count else 0
+    return vectors_DD[:, first:] * np.sqrt(np.clip(values_D[first:], 0.0, None))
 
 
 def inception_score(logits_NC: np.ndarray, *, split_size: int = 5000) -> Estimate:
