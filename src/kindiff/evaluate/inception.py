@@ -115,7 +115,7 @@ class ConvUnit(nn.Module):
         self.bn = nn.BatchNorm2d(spec.out, eps=0.001)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.bn(self.conv(x)))
+        return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
 class Mixed(nn.Module):
