@@ -25,6 +25,7 @@ from kindiff.evaluate.protocol import Score
 from kindiff.evaluate.run import evaluate
 from kindiff.evaluate.sources import from_set
 from kindiff.pipeline import DiTPipeline
+from kindiff.progress import say
 from kindiff.study.config import Cell, Study
 from kindiff.study.grid import Work
 from kindiff.study.recombined import cut, smaller
@@ -70,10 +71,11 @@ class Bench:
             if not mine:
                 return False
             with claim(self.locks / base) as free:
+                if not (free or self.prepared(base)):
+                    return False
+                say(f"{work.cell.name}{': score' if work.test else ''}")
                 if free:
                     self.prepare(base)
-                elif not self.prepared(base):
-                    return False
             record = self.record_of(work.cell)
             score = work.test and not (record and (record.test or record.failed))
             if record is None or (score and not (self.work / record.model).is_dir()):

@@ -36,7 +36,6 @@ def run_alone(study: Study, work: Path, *, only: tuple[str, ...] = ()) -> None:
     bench = Bench(study=study, work=work, features=Lite0Features.load(device=device), device=device)
     while works := pending(study, only):
         for piece in works:
-            say(f"{piece.cell.name}{': score' if piece.test else ''}")
             if bench.do(piece):
                 break
         else:
