@@ -76,6 +76,11 @@ def plot(records: Sequence[Record], folder: Path) -> list[Path]:
                     color=COLOURS[own[0].family], marker="o", markersize=4, capsize=2, label=own[0].label,
                 )  # fmt: skip
             axis.set(xscale="log", yscale="log", xlabel=f"{what} of training")
+            for side in (axis.xaxis, axis.yaxis):
+                side.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+                side.set_major_formatter(lambda value, position: f"{value:g}")
+                side.set_minor_formatter(NullFormatter())
+            axis.grid(alpha=0.25)
         axes[0].set_ylabel(f"{lines[0][0].distance_name}, lower is better")
         axes[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
         paths.append(folder / f"{study}-{name}.png")
