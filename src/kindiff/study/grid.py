@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -81,14 +81,11 @@ def spent(study: Study, records: Sequence[Record], only: Sequence[str] = ()) -> 
     """A sentence: how much is done of what `only` picks, the hours that its training takes where nothing disturbs it
     (each method at its fastest training's images a second), and those of the rest."""
     done, units = progress(study, records, only)
-    images = Counter[str]()
-    fastest: dict[str, float] = {}
-    for r in records:
-        if study.picks(r.task, r.method, only) and r.steps:
-            images[r.method] += r.steps * r.batch
-            pace = r.train_seconds / (r.steps * r.batch)
-            fastest[r.method] = min(pace, fastest.get(r.method, pace))
-    hours = sum(fastest[method] * images[method] for method in images) / 3600
+    trained = [r for r in records if study.picks(r.task, r.method, only) and r.steps]
+    pace: dict[str, float] = {}
+    for r in trained:
+        pace[r.method] = min(r.train_seconds / (r.steps * r.batch), pace.get(r.method, math.inf))
+    hours = sum(pace[r.method] * r.steps * r.batch for r in trained) / 3600
     rest = f"; the rest takes about {hours / done * (units - done):.1f}" if 0 < done < units else ""
     return (
         f"{done} of {units} trainings and scores are done, {hours:.1f} hours of training in one process{rest}"

@@ -59,7 +59,7 @@ def plot(records: Sequence[Record], folder: Path) -> list[Path]:
                 if min(x) > 0:
                     wide = max(x) > 500 * min(x)  # no room for labels between powers of ten
                     axis.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
-            axis.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
+            axis.xaxis.set_major_formatter("{x:g}")
         axes[0].set_ylabel(f"{own[0].distance_name}, lower is better")
         axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
         figure.suptitle(f"{task}: each method at its best rate; real against real {own[0].floor:.1f}")
@@ -78,7 +78,7 @@ def plot(records: Sequence[Record], folder: Path) -> list[Path]:
             axis.set(xscale="log", yscale="log", xlabel=f"{what} of training")
             for side in (axis.xaxis, axis.yaxis):
                 side.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
-                side.set_major_formatter(lambda value, position: f"{value:g}")
+                side.set_major_formatter("{x:g}")
                 side.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.25)
         axes[0].set_ylabel(f"{lines[0][0].distance_name}, lower is better")
