@@ -23,7 +23,7 @@ from kindiff.models.dit import DiT
 from kindiff.models.layers import Gating
 from kindiff.parallel import ALONE, Ranks
 from kindiff.randomness import Purpose, stream
-from kindiff.runtime import device_of
+from kindiff.runtime import autocast, device_of
 
 
 class DiTPipeline:
@@ -123,7 +123,7 @@ class DiTPipeline:
             scale=config.guidance,
             channels=self.model.config.channels,
         )
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        with autocast(device, config.precision):
             x = draw(predict, new_noise)
             if self.autoencoder is not None:
                 x = self.autoencoder.decode(x)

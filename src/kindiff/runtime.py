@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from kindiff.config import EncodeConfig, SampleConfig, TrainConfig
 from kindiff.errors import UsageError
 from kindiff.parallel import local_rank
 
 if TYPE_CHECKING:
     import torch
 
+Settled = TypeVar("Settled", TrainConfig, SampleConfig, EncodeConfig)
 PACKAGES = ("kindiff", "torch", "numpy", "scipy", "safetensors", "pillow")
 
 
@@ -43,6 +46,41 @@ def device_of(name: str) -> torch.device:
             f"device {name!r} is asked for but this torch sees no GPU; use --device cpu or auto."
         )
     return device
+
+
+def precision_on(device: torch.device, name: str) -> str:
+    """bf16 or fp32; for `auto` bf16 where the device multiplies it in hardware, else fp32.
+
+    Elsewhere bf16 is right but slow: a CPU with AVX2 alone takes seven times as long as in fp32 (docs/performance.md).
+    """
+    import torch
+
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = cpu_has("amx_bf16") or cpu_has("avx512_bf16")
+    return "bf16" if fast else "fp32"
+
+
+def cpu_has(feature: str) -> bool:
+    """Whether torch says that this CPU has a feature, by torch's name for it; False where this torch cannot say."""
+    import torch
+
+    return hasattr(torch.cpu, "get_capabilities") and bool(torch.cpu.get_capabilities().get(feature))
+
+
+def settled(config: Settled) -> Settled:
+    """The config with its precision as it is on its device: what determines a result is written down like this."""
+    return replace(config, precision=precision_on(device_of(config.device), config.precision))
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Around forward passes: matrix products in bf16 where `precision` is or, on this device, means that."""
+    import torch
+
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision_on(device, precision) == "bf16")
 
 
 def versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ from kindiff.errors import BadFileError, UsageError
 from kindiff.study.config import Cell, read_study
 from kindiff.study.grid import left, progress, spent
 from kindiff.study.records import read_records, write_record
+from kindiff.study.repeating import compared, repetition
 from kindiff.study.runner import run_workers
 from kindiff.study.tables import best_rows, markdown, sweep, sweep_markdown
 
@@ -42,8 +43,33 @@ def test_rates_are_tried_first_then_the_best_is_scored_with_every_seed(study):
     assert spent(study, timed).endswith("; the rest takes about 0.5")  # as much again
     assert spent(study, timed).startswith("6 of 12 trainings and scores are done, 0.5 hours of training")
     assert spent(study, timed, ["lora"]) == (
-        "0 of 6 trainings and scores are done, 0.0 hours of training in one process"
+        "0 of 6 trainings and scores are done, 0.0 hours of training in one process "
+        "(0.0 of what the tables show, which `repeat` does)"
     )
+    assert "(0.2 of what the tables show" in spent(study, timed)  # two of five
+
+
+def test_a_repetition_has_the_chosen_rates_alone_and_is_compared_with_what_the_table_shows(study, tmp_path):
+    def of(method, *distances, lr=0.003):
+        return [record(method, lr, seed=seed, test=d) for seed, d in enumerate(distances)]
+
+    before = [*of("kind", 3.0, 5.0), record("kind", 0.01, validation=9.0), *of("lora", 6.0, 6.2, lr=0.01)]
+    again = repetition(study, before, tmp_path)
+    assert [(w.cell.method, w.cell.lr, w.cell.seed) for w in left(again, [])] == [
+        ("kind", 0.003, 0), ("lora", 0.01, 0),
+    ]  # fmt: skip
+    assert again.results != study.results
+    after = [*of("kind", 5.0, 5.0), *of("lora", 7.0, lr=0.01)]
+    assert [(w.cell.method, w.cell.seed) for w in left(again, after)] == [("lora", 1)]
+    assert not left(again, [*after, *of("lora", 7.0, 7.0, lr=0.01)])
+    assert compared(before, after).splitlines()[2:] == [
+        "| new | KIND | 4.0 ± 1.4 | 5.0 ± 0.0 | 0.500 ± 0.000 | 0.500 ± 0.000 | yes |",
+        "| new | LORA | 6.1 ± 0.1 | 7.0 (1 seed) | 0.500 ± 0.000 | 0.500 (1 seed) | no, 0.9 apart |",
+        "",
+        "1 of 2 distances came again within their spreads.",
+    ]
+    with pytest.raises(FileNotFoundError, match="has no scored cell to repeat"):
+        repetition(study, [record("kind", 0.01, validation=9.0)], tmp_path)
 
 
 def test_a_method_whose_best_rate_is_the_last_it_tried_tries_the_next(study):

@@ -68,13 +68,19 @@ def test_a_killed_study_goes_on_and_compares_every_method(tmp_path, monkeypatch,
     assert all(row.seeds == 2 and row.distance_mean > 0 and row.trainable > 0 for row in rows.values())
     assert rows["kind"].gmacs < rows["lora"].gmacs
 
-    # One cell again, from nothing, gives the same figures.
-    cell = next(r for r in records if r.method == "kind" and r.test)
-    path = results / f"{cell.cell.name}.json"
-    path.unlink()
-    assert main(["study", "run", str(folder), "--work", str(tmp_path / "other"), "--only", "kind"]) == 0
-    again = next(r for r in read_records(results) if r.cell == cell.cell)
-    assert (again.validation, again.test, again.final_loss) == (cell.validation, cell.test, cell.final_loss)
+    # What the table shows of a method again, from nothing, gives the same figures, and leaves the results alone.
+    capfd.readouterr()
+    kept = {path.name: path.read_bytes() for path in results.glob("*.json")}
+    repeat = ["study", "repeat", str(folder), "--work", str(tmp_path / "other"), "--only", "kind"]
+    for _ in range(2):  # the second time nothing is left to do
+        assert main([*repeat, "--workers", "2"]) == 0
+        assert "1 of 1 distances came again" in capfd.readouterr().out
+    scored = {r.cell: r for r in records if r.method == "kind" and r.test}
+    again = {r.cell: r for r in read_records(tmp_path / "other" / "small-again" / "results")}
+    assert scored.keys() == again.keys()
+    for cell, r in scored.items():
+        assert (again[cell].test, again[cell].final_loss) == (r.test, r.final_loss)
+    assert kept == {path.name: path.read_bytes() for path in results.glob("*.json")}
 
     # Records came along, a model did not.
     cell = next(r for r in records if r.method == "lora" and r.test)

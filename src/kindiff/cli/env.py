@@ -21,7 +21,9 @@ def run(args: Args) -> None:
     """Print what is known of this machine."""
     from kindiff import runtime
 
-    facts = runtime.versions() | runtime.hardware() | {"cache": str(runtime.cache_folder())}
+    facts = runtime.versions() | runtime.hardware()
+    facts["precision"] = runtime.precision_on(runtime.device_of("auto"), "auto")
+    facts["cache"] = str(runtime.cache_folder())
     if args.json:
         print(json.dumps(facts, indent=1))
     else:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from kindiff.errors import UsageError
 from kindiff.progress import say
+
+if TYPE_CHECKING:
+    from kindiff.study.config import Study
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +21,10 @@ class Args:
     """Compare methods: tasks x methods x learning rates x seeds, described by a folder of TOML files. To resume, run
     the same command again; several may run at once, on machines that share the folders."""
 
-    action: tyro.conf.Positional[Literal["run", "table", "plot", "plan"]]
+    action: tyro.conf.Positional[Literal["run", "table", "plot", "plan", "repeat"]]
     """run: train and score what is missing. table: Markdown tables of the results. plot: figures (PNG). plan: what is
-    left to do, and how long it takes."""
+    left to do, and how long it takes. repeat: train and score again what the tables show, each method at its chosen
+    rate, below WORK, and print both side by side; the study's results stay as they are."""
     study: tyro.conf.Positional[Path]
     """The study's folder, with study.toml, tasks/ and methods/; results go to STUDY/results."""
     work: Path = Path("runs/studies")
@@ -50,31 +54,17 @@ def run(args: Args) -> None:
     if args.workers < 1:
         raise UsageError(f"workers is {args.workers}; it must be at least 1.")
     if args.action == "run":
-        from kindiff.study.runner import run_alone, run_workers
-
-        if args.workers == 1:
-            run_alone(study, args.work.absolute(), only=args.only)
-            print(study.results)
-            return
-        command = [
-            sys.executable,
-            "-m",
-            "kindiff.cli.main",
-            "study",
-            "run",
-            str(args.study),
-            "--work",
-            str(args.work),
-        ]
-        command += ["--only", *args.only] if args.only else []
-        failed = run_workers(
-            study, args.work.absolute(), workers=args.workers, command=command, only=args.only
-        )
-        if failed:
-            raise ChildProcessError(
-                f"{failed} of {args.workers} workers failed; {args.work / study.name}/worker-*.log say why."
-            )
+        _work(study, args)
         print(study.results)
+        return
+    if args.action == "repeat":
+        from kindiff.study.repeating import compared, repetition
+
+        before = read_records(study.results)
+        again = repetition(study, before, args.work.absolute())
+        _work(again, args)
+        after = read_records(again.results)
+        print(compared(before, [r for r in after if study.picks(r.task, r.method, args.only)]))
         return
     if args.action == "plan":
         from kindiff.study.runner import pending
@@ -97,3 +87,28 @@ def run(args: Args) -> None:
 
     for path in plot(records, args.out or study.folder / "figures"):
         print(path)
+
+
+def _work(study: Study, args: Args) -> None:
+    """Do what is left, in this process or in several; ChildProcessError when one of them failed."""
+    from kindiff.study.runner import run_alone, run_workers
+
+    work = args.work.absolute()
+    if args.workers == 1:
+        run_alone(study, work, only=args.only)
+        return
+    command = [
+        sys.executable,
+        "-m",
+        "kindiff.cli.main",
+        "study",
+        args.action,
+        str(args.study),
+        "--work",
+        str(args.work),
+    ]
+    command += ["--only", *args.only] if args.only else []
+    if failed := run_workers(study, work, workers=args.workers, command=command, only=args.only):
+        raise ChildProcessError(
+            f"{failed} of {args.workers} workers failed; {args.work / study.name}/worker-*.log say why."
+        )

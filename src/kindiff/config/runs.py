@@ -8,6 +8,8 @@ from typing import Literal
 from kindiff.config.shapes import MATRICES, AutoencoderConfig, BackboneConfig, KindConfig, Share
 from kindiff.errors import UsageError
 
+Precision = Literal["auto", "bf16", "fp32"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
@@ -103,8 +105,9 @@ class TrainConfig:
     """Largest norm of the gradient."""
     ema: float = 0.999
     """Decay of the exponential moving average a step; its start is faster."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Arithmetic of the matrix products; parameters, norms, sigma and gates stay fp32."""
+    precision: Precision = "auto"
+    """Arithmetic of the matrix products; parameters, norms, sigma and gates stay fp32. auto: bf16 where the device
+    multiplies it in hardware, else fp32."""
     seed: int = 0
     """Seed of the initial weights, the order, the noise."""
     workers: int = 0
@@ -159,8 +162,8 @@ class SampleConfig:
     """Image i is a function of (seed, i) and its class alone."""
     batch: int = 64
     """Images drawn at once."""
-    precision: Literal["bf16", "fp32"] = "fp32"
-    """Arithmetic of the matrix products."""
+    precision: Precision = "fp32"
+    """Arithmetic of the matrix products; auto as in training."""
     device: str = "auto"
     """auto (a GPU when there is one), cpu, cuda, cuda:1."""
 
@@ -189,8 +192,8 @@ class EncodeConfig:
     """Images a step, and images encoded at once."""
     lr: float = 2e-3
     """Peak learning rate; falls to zero along a cosine."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Arithmetic of its training; encoding is fp32."""
+    precision: Precision = "auto"
+    """Arithmetic of its training, auto as there; encoding is fp32."""
     seed: int = 0
     """Seed of the weights, the order and the noise."""
     dtype: Literal["float32", "float16"] = "float32"

@@ -18,6 +18,7 @@ from kindiff.evaluate.images import LOSSLESS
 from kindiff.evaluate.run import SamplerInfo
 from kindiff.evaluate.store import digest
 from kindiff.pipeline import DiTPipeline
+from kindiff.runtime import settled
 
 
 class GeneratedImages:
@@ -45,7 +46,7 @@ class GeneratedImages:
         count = count or per_class * len(self.classes)
         if count < len(self.classes):
             raise UsageError(f"{count} samples are fewer than the {len(self.classes)} classes; draw more.")
-        self.config = config
+        self.config = config = settled(config)
         self.ids = [known.ids(self.classes.names)[i % len(self.classes)] for i in range(count)]
         self.labels: np.ndarray | None = np.arange(count) % len(self.classes)
         first = self.read(0, 1)

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MATRIX_UNITS = hasattr(torch.cpu, "get_capabilities") and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+from kindiff.runtime import cpu_has
+
+MATRIX_UNITS = cpu_has("amx_bf16")
 """Whether this CPU multiplies bf16 matrices in hardware (AMX)."""
 
 

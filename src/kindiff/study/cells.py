@@ -109,7 +109,7 @@ class Bench:
         """Train a cell and score it on the validation images."""
         method, task = self.study.methods[cell.method], self.study.tasks[cell.task]
         base, folder = self.work / "bases" / method.base, self.work / self.study.name / cell.name
-        train = replace(task.train, lr=cell.lr, seed=cell.seed, device=self.device)
+        train = runtime.settled(replace(task.train, lr=cell.lr, seed=cell.seed, device=self.device))
         again = replace(self.study.bases[method.base], data=task.data, train=train)
         recipe: TransferConfig | AdaptConfig | PretrainConfig = again
         failed = ""
@@ -158,7 +158,7 @@ class Bench:
                 "base": sha256(base / "model" / "model.safetensors"),
                 "test": to_dict(task.test),
                 "validation": to_dict(task.validation),
-                "sample": to_dict(self.study.config.sample),
+                "sample": to_dict(runtime.settled(self.study.config.sample)),
             },
             model=str((folder / "model").relative_to(self.work)),
         )

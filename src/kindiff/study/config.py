@@ -163,29 +163,28 @@ class Study:
     bases: dict[str, PretrainConfig]
     tasks: dict[str, TaskConfig]
     methods: dict[str, MethodConfig]
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-    @property
-    def results(self) -> Path:
-        """One JSON file a cell."""
-        return self.folder / "results"
+    name: str
+    results: Path
+    """One JSON file a cell."""
+    chosen: dict[tuple[str, str], float] | None = None
+    """The rate of each (task, method) of a repetition, which has these alone; None for those of the config."""
 
     def picks(self, task: str, method: str, only: Sequence[str]) -> bool:
         """Whether a list of names picks this pair: where it names tasks, of these, and where methods, of these."""
         tasks, methods = set(only) & set(self.tasks), set(only) & set(self.methods)
         return (not tasks or task in tasks) and (not methods or method in methods)
 
-    def rates(self, method: str) -> tuple[float, ...]:
+    def rates(self, task: str, method: str) -> tuple[float, ...]:
         """The learning rates that a method is tried with at the least: lrs, or one where nothing trains."""
+        if self.chosen is not None:
+            return (self.chosen[task, method],)
         recombine = self.methods[method].recombine
         return self.config.lrs if recombine is None or recombine.train else self.config.lrs[:1]
 
     def pairs(self) -> list[tuple[str, str]]:
         """Every (task, method), the methods of a task together."""
-        return [(t, m) for t in self.tasks for m, c in self.methods.items() if not c.tasks or t in c.tasks]
+        every = [(t, m) for t in self.tasks for m, c in self.methods.items() if not c.tasks or t in c.tasks]
+        return every if self.chosen is None else [pair for pair in every if pair in self.chosen]
 
 
 def read_study(folder: Path) -> Study:
@@ -200,6 +199,8 @@ def read_study(folder: Path) -> Study:
         bases=_read_all(folder / config.bases, PretrainConfig),
         tasks=_read_all(folder / "tasks", TaskConfig),
         methods=_read_all(folder / "methods", MethodConfig),
+        name=folder.name,
+        results=folder / "results",
     )
     for name, method in study.methods.items():
         _check_known(f"methods/{name}.toml: base", (method.base,), study.bases)

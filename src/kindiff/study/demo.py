@@ -48,7 +48,7 @@ DEMOS = {
             rank=2,
             train=TrainConfig(steps=500, batch=64, lr=4e-3, save_every=100, ema=0.99),
         ),
-        sample=SampleConfig(steps=20, guidance=1.5, precision="bf16", batch=128),
+        sample=SampleConfig(steps=20, guidance=1.5, precision="auto", batch=128),
         one="voxel-art",
         four=("critters", "pixel-art", "landscape", "lorelei"),
         strip=4,

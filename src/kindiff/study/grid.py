@@ -28,7 +28,7 @@ def best_rate(records: Sequence[Record]) -> float | None:
 def sweep_of(study: Study, known: dict[Cell, Record], task: str, method: str) -> list[Cell]:
     """The cells that choose a method's rate on a task, as far as is known: those of lrs, and as long as the lowest or
     the highest is the best, the next of lrs_beyond."""
-    rates, every = set(study.rates(method)), sorted({*study.config.lrs, *study.config.lrs_beyond})
+    rates, every = set(study.rates(task, method)), sorted({*study.config.lrs, *study.config.lrs_beyond})
     while True:
         cells = [Cell(task=task, method=method, lr=lr, seed=study.config.seeds[0]) for lr in sorted(rates)]
         best = best_rate([known[cell] for cell in cells if cell in known])
@@ -79,14 +79,18 @@ def progress(study: Study, records: Sequence[Record], only: Sequence[str] = ()) 
 
 def spent(study: Study, records: Sequence[Record], only: Sequence[str] = ()) -> str:
     """A sentence: how much is done of what `only` picks, the hours that its training takes where nothing disturbs it
-    (each method at its fastest training's images a second), and those of the rest."""
+    (each method at its fastest training's images a second), those of the scored cells among it, and of the rest."""
     done, units = progress(study, records, only)
     trained = [r for r in records if study.picks(r.task, r.method, only) and r.steps]
     pace: dict[str, float] = {}
     for r in trained:
         pace[r.method] = min(r.train_seconds / (r.steps * r.batch), pace.get(r.method, math.inf))
-    hours = sum(pace[r.method] * r.steps * r.batch for r in trained) / 3600
+    hours, again = (
+        sum(pace[r.method] * r.steps * r.batch for r in some) / 3600
+        for some in (trained, [r for r in trained if r.test])
+    )
     rest = f"; the rest takes about {hours / done * (units - done):.1f}" if 0 < done < units else ""
     return (
-        f"{done} of {units} trainings and scores are done, {hours:.1f} hours of training in one process{rest}"
+        f"{done} of {units} trainings and scores are done, {hours:.1f} hours of training in one process "
+        f"({again:.1f} of what the tables show, which `repeat` does){rest}"
     )

@@ -100,7 +100,7 @@ def _pictures(pipeline: DiTPipeline, data: DataConfig) -> list[str]:
     every = pipeline.model.classes.names
     names = every[:CLASSES]
     ids = [i for i in range(len(names)) for _ in range(STRIP)]
-    config = SampleConfig(steps=15, precision="bf16", batch=128)
+    config = SampleConfig(steps=15, precision="auto", batch=128)
     real = images_of(data)
     tailored = has_tailors(pipeline.model)
     with Track("drawing samples", len(ids) * (1 + tailored), unit="images") as track:

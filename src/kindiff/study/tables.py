@@ -129,7 +129,7 @@ def markdown(records: Sequence[Record]) -> str:
         blocks.append(
             f"**{task}**: {first.distance_name} and class accuracy of {first.count} samples, "
             f"{'/'.join(map(str, seeds))} seeds; real against real {first.floor:.1f} and {first.real_accuracy:.3f}.\n\n"
-            + _grid(
+            + grid(
                 (
                     "method",
                     first.distance_name,
@@ -143,8 +143,8 @@ def markdown(records: Sequence[Record]) -> str:
                 [
                     (
                         row.label,
-                        _with_spread(row.distance_mean, row.distance_spread, 1),
-                        _with_spread(row.accuracy_mean, row.accuracy_spread, 3),
+                        with_spread(row.distance_mean, row.distance_spread, 1),
+                        with_spread(row.accuracy_mean, row.accuracy_spread, 3),
                         f"{row.precision_mean:.2f}",
                         f"{row.recall_mean:.2f}",
                         f"{row.trainable / 1000:.1f}k",
@@ -173,7 +173,7 @@ def _arrivals(name: str, lines: Sequence[Sequence[Row]], goal: Row) -> str:
     return (
         f"**{name}**: {goal.distance_name} by steps; the best rival, {goal.label}, ends at {goal.distance_mean:.1f}. "
         "Times are of the least disturbed training of each.\n\n"
-        + _grid(("method", *map(str, counts), "as good after", "time"), table)
+        + grid(("method", *map(str, counts), "as good after", "time"), table)
     )
 
 
@@ -190,11 +190,11 @@ def sweep_markdown(records: Sequence[Record]) -> str:
                 best = min(found.values(), key=lambda d: math.inf if math.isnan(d) else d)
                 cells = [found.get(rate) for rate in rates]
                 lines.append((labels[method], *(_swept(cell, best) for cell in cells)))
-        blocks.append(f"**{task}**\n\n" + _grid(("method", *(f"{rate:g}" for rate in rates)), lines))
+        blocks.append(f"**{task}**\n\n" + grid(("method", *(f"{rate:g}" for rate in rates)), lines))
     return "\n\n".join(blocks)
 
 
-def _with_spread(mean: float, spread: float, digits: int) -> str:
+def with_spread(mean: float, spread: float, digits: int) -> str:
     return f"{mean:.{digits}f} (1 seed)" if math.isnan(spread) else f"{mean:.{digits}f} ± {spread:.{digits}f}"
 
 
@@ -206,7 +206,7 @@ def _swept(distance: float | None, best: float) -> str:
     return f"**{distance:.1f}**" if distance == best else f"{distance:.1f}"
 
 
-def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 from kindiff import checkpoint
@@ -17,6 +17,7 @@ from kindiff.pipeline import DiTPipeline
 from kindiff.progress import say
 from kindiff.rivals import LEARNGENE, densified, load_learngene, merged, save_adapter, start
 from kindiff.rivals.learngenes import BANKS
+from kindiff.runtime import settled
 from kindiff.train.loop import fit
 from kindiff.train.preparing import choose_blocks, part_of, sigma_first
 from kindiff.train.run import Run, is_finished
@@ -35,6 +36,7 @@ def adapt(
     where they are open already; None to open config.data. Raises UsageError when the images do not fit the base,
     the rival cannot stand on it, or `out` holds a run with other settings.
     """
+    config = replace(config, train=settled(config.train))
     with joined() as ranks:
         if samples is None:
             samples = ranks.in_turn(lambda: open_samples(config.data))
@@ -76,7 +78,7 @@ def _train(
     if _with_blocks(rival) != rival:
         blocks = choose_blocks(base, samples, objective, loop, run, count=rival.inherit, flip=flip)
         say(f"inheriting the blocks {', '.join(map(str, blocks))}")
-        rival = dataclasses.replace(rival, blocks=blocks)
+        rival = replace(rival, blocks=blocks)
         model = start(base, samples.classes, rival, seed=loop.seed)
     first = min(round(loop.steps * rival.sigma_share), loop.steps - 1) if rival.method == "fine" else 0
     if learngene is not None and first:
@@ -88,7 +90,7 @@ def _with_blocks(rival: RivalConfig) -> RivalConfig:
     """Auto-LG's blocks are chosen in the run; until then any of them show whether the base can have so many."""
     if rival.method != "auto-lg" or rival.blocks:
         return rival
-    return dataclasses.replace(rival, blocks=tuple(range(rival.inherit)))
+    return replace(rival, blocks=tuple(range(rival.inherit)))
 
 
 def _learngene_of(base: DiT, base_directory: str | Path, method: str) -> DiT:

@@ -17,7 +17,7 @@ from kindiff.errors import UsageError
 from kindiff.models.autoencoder import FACTOR, Autoencoder
 from kindiff.progress import Track
 from kindiff.randomness import Purpose, stream
-from kindiff.runtime import device_of
+from kindiff.runtime import autocast, device_of
 from kindiff.train.rollback import NotFinite
 
 
@@ -46,7 +46,7 @@ def train_autoencoder(samples: SampleSet, config: EncodeConfig) -> Autoencoder:
             shape = (len(x), config.model.channels, samples.size // FACTOR, samples.size // FACTOR)
             noise = torch.from_numpy(draws.standard_normal(shape, dtype=np.float32)).to(device)
             adam.param_groups[0]["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            with autocast(device, config.precision):
                 loss = model.loss(x, noise)
             adam.zero_grad()
             loss.backward()

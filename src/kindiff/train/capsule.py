@@ -78,7 +78,7 @@ def replay(folder: Path) -> dict[str, Any]:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in description["trained"])
     loss_function = loss_of(model.config)
-    with torch.autocast("cpu", torch.bfloat16, enabled=description["precision"] == "bf16"):
+    with runtime.autocast(torch.device("cpu"), description["precision"]):
         per_sample = loss_function(
             lambda x, t: model(x, t, batch.ids_B, batch.gate_ids_B), batch.x_BCHW, batch.noise_BCHW, batch.u_B
         )

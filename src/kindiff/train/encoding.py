@@ -41,7 +41,7 @@ from kindiff.errors import BadFileError, UsageError
 from kindiff.models.autoencoder_kl import AutoencoderKL
 from kindiff.models.codec import Codec, open_codec
 from kindiff.progress import Track, say
-from kindiff.runtime import device_of
+from kindiff.runtime import device_of, settled
 from kindiff.train.autoencoder import train_autoencoder
 
 FREE = ("workers", "device")
@@ -60,6 +60,8 @@ def encode(config: EncodeConfig, out: str | Path) -> LatentSet:
     out = Path(out).absolute()
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0")) if ranks > 1 else 0
+    if not config.autoencoder:
+        config = settled(config)
     settings = {key: value for key, value in to_dict(config).items() if key not in FREE}
     while rank and not any((out / name).is_file() for name in (HALF, MANIFEST)):
         time.sleep(0.2)  # the first rank begins

@@ -15,6 +15,7 @@ from kindiff.components.gates import TableGate
 from kindiff.components.strategy import choose, slots_of_a_step
 from kindiff.config import MATRICES, TrainConfig, from_dict
 from kindiff.models.dit import DiT
+from kindiff.runtime import precision_on
 
 SIZE = {"bf16": 2, "fp32": 4}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -39,7 +40,9 @@ def memory(model: DiT, config: TrainConfig, images: int, device: torch.device) -
         "gradients": 4 * with_gradient,
         "optimiser": 8 * trained,
         "average": 4 * trained,
-        "activations": activations(model, config.precision, images, device, recompute=config.recompute),
+        "activations": activations(
+            model, precision_on(device, config.precision), images, device, recompute=config.recompute
+        ),
     }
 
 

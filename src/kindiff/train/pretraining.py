@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from kindiff.config import PretrainConfig
@@ -13,6 +14,7 @@ from kindiff.pipeline import DiTPipeline
 from kindiff.progress import say
 from kindiff.rivals import LEARNGENE, densified, save_learngene
 from kindiff.rivals.learngenes import BANKS
+from kindiff.runtime import settled
 from kindiff.train.loop import fit
 from kindiff.train.run import Run
 from kindiff.train.starting import init_hash, starting_model
@@ -39,6 +41,7 @@ def pretrain(config: PretrainConfig, out: str | Path) -> DiTPipeline:
     out/learngene makes. Raises UsageError when `out` holds a run with other settings, and what `fit` and `open_samples`
     raise. Under torchrun its ranks train together.
     """
+    config = replace(config, train=settled(config.train))
     with joined() as ranks:
         samples = ranks.in_turn(lambda: open_samples(config.data))
         model = new_model(config, samples)

@@ -15,6 +15,7 @@ from kindiff.components.fused import TRITON
 from kindiff.config import TrainConfig
 from kindiff.data.batches import Batch
 from kindiff.diffusion import Loss
+from kindiff.runtime import autocast
 from kindiff.train.apart import padded
 from kindiff.train.optimiser import Optimiser
 from kindiff.train.sharding import unshared, whole
@@ -115,7 +116,7 @@ class Step:
         for part in parts:
             with (
                 unshared(self.module, part is not parts[-1]),
-                torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"),
+                autocast(device, config.precision),
             ):
                 per_sample = self.loss(
                     lambda x, t, part=part: self.module(x, t, part.ids_B, part.gate_ids_B),  # type: ignore[misc]

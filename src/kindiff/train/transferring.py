@@ -20,6 +20,7 @@ from kindiff.parallel import joined
 from kindiff.pipeline import DiTPipeline
 from kindiff.progress import Track, say
 from kindiff.randomness import Purpose, stream
+from kindiff.runtime import settled
 from kindiff.train.loop import fit
 from kindiff.train.run import Run, is_finished
 
@@ -34,6 +35,7 @@ def transfer(parts_directory: str | Path, config: TransferConfig, out: str | Pat
     UsageError when the images do not fit the parts or `out` holds a run with other settings. Under torchrun its ranks
     train together.
     """
+    config = replace(config, train=settled(config.train))
     with joined() as ranks:
         samples = ranks.in_turn(lambda: open_samples(config.data))
         parts = load_components(parts_directory, classes=None if config.init == "nearest" else ())
