@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kindiff.config import EncodeConfig, SampleConfig, TrainConfig
+from kindiff.config import EncodeConfig, Precision, SampleConfig, TrainConfig
 from kindiff.errors import UsageError
 from kindiff.parallel import local_rank
 
@@ -48,7 +48,7 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def precision_on(device: torch.device, name: str) -> str:
+def precision_on(device: torch.device, name: Precision) -> Precision:
     """bf16 or fp32; for `auto` bf16 where the device multiplies it in hardware, else fp32.
 
     Elsewhere bf16 is right but slow: a CPU with AVX2 alone takes seven times as long as in fp32 (docs/performance.md).
@@ -76,7 +76,7 @@ def settled(config: Settled) -> Settled:
     return replace(config, precision=precision_on(device_of(config.device), config.precision))
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """Around forward passes: matrix products in bf16 where `precision` is or, on this device, means that."""
     import torch
 
