@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from speed import RankMask, allowed, alternate, model_pair, row, sampler, save
+from speed import RankMask, allowed, alternate, dtypes, model_pair, row, sampler, save
 from torch import Tensor, nn
 
 from kindiff import runtime
@@ -36,7 +36,7 @@ from kindiff.data.batches import Batch
 from kindiff.diffusion import loss_of
 from kindiff.evaluate.cost import closed_macs
 from kindiff.models import DiT
-from kindiff.train.memory import activations
+from kindiff.train.memory import DTYPES, activations
 from kindiff.train.optimiser import Optimiser
 from kindiff.train.step import Recorded, Step
 
@@ -64,8 +64,8 @@ class Args:
     """Of peak."""
     variants: tuple[str, ...] = ("dense", "kind", "diffusers", "LoRA")
     """Of gpu and profile."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Of peak and profile."""
+    precision: Literal["", "fp32", "bf16"] = ""
+    """One arithmetic only; of peak and profile bf16 unless said."""
     out: Path | None = None
     """Where the JSON goes."""
 
@@ -173,7 +173,7 @@ def steps(args: Args, device: torch.device) -> list[dict[str, Any]]:
         labels = ["dense", "kind", "diffusers", "LoRA"] + ["rank mask"] * (name == "DiT-S")
         models = {label: make(name, label) for label in labels}
         kind = models["kind"]
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in dtypes(args.precision):
             variants = {
                 label: step_run(model, kind.config, args.batch, dtype, device, compiled=args.compile)
                 for label, model in models.items()
@@ -182,7 +182,7 @@ def steps(args: Args, device: torch.device) -> list[dict[str, Any]]:
             found = row(f"{name}/2 step", dtype, "train", seconds, allowed(kind, whole=True))
             found["parameters"] = {k: sum(p.numel() for p in m.parameters()) for k, m in models.items()}
             if device.type == "cpu":
-                precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+                precision = next(name for name, found in DTYPES.items() if found == dtype)
                 found["peak MiB"] = {
                     label: peak_of(name, label, precision, args.batch) for label in labels[:4]
                 }
@@ -201,7 +201,7 @@ def peak_of(name: str, variant: str, precision: str, batch: int) -> float:
 def peak(args: Args, device: torch.device) -> None:
     model = make(args.model, args.variant)
     config = model_pair(args.model, CLASSES, depth=1)[0].config
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    dtype = DTYPES[args.precision or "bf16"]
     run = step_run(model, config, args.batch, dtype, device)
     run()
     run()
@@ -228,7 +228,7 @@ def sampling(args: Args, device: torch.device) -> list[dict[str, Any]]:
             "diffusers": Diffusers(dense),
             "LoRA": lora(model_pair(name, CLASSES)[0]),
         }
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in dtypes(args.precision):
             variants = {
                 label: guided_run(model, kind.config, args.batch, device, args.compile)
                 for label, model in models.items()
@@ -318,12 +318,12 @@ def profile(args: Args, device: torch.device) -> list[dict[str, Any]]:
     from torch.profiler import profile as profiled
 
     gpu_, rows = device.type == "cuda", []
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    precision = args.precision or "bf16"
     for name in (args.model,) if args.model else ("DiT-S", "DiT-B"):
         for label in args.variants:
             model = make(name, label)
             config = model_pair(name, CLASSES, depth=1)[0].config
-            run = step_run(model, config, args.batch, dtype, device, compiled=gpu_)
+            run = step_run(model, config, args.batch, DTYPES[precision], device, compiled=gpu_)
             run()  # compiles, makes the moments
             with profiled(activities=[ProfilerActivity.CUDA if gpu_ else ProfilerActivity.CPU]) as found:
                 for _ in range(args.rounds):
@@ -335,10 +335,10 @@ def profile(args: Args, device: torch.device) -> list[dict[str, Any]]:
                 for e in found.key_averages()
             }
             total, largest = sum(times.values()), sorted(times.items(), key=lambda pair: -pair[1])[:25]
-            print(f"{name}/2 {label}, {args.batch} images, {args.precision}: {total:.1f} ms a step")
+            print(f"{name}/2 {label}, {args.batch} images, {precision}: {total:.1f} ms a step")
             for key, time in largest:
                 print(f"    {time:8.2f} ms {time / total:6.1%}  {key[:90]}", flush=True)
-            rows.append({"what": f"{name}/2", "variant": label, "dtype": args.precision, "milliseconds": total}
+            rows.append({"what": f"{name}/2", "variant": label, "dtype": precision, "milliseconds": total}
                         | {"operations": dict(largest)})  # fmt: skip
     return rows
 

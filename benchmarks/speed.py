@@ -34,6 +34,7 @@ from kindiff.config import MATRICES, DiTConfig, KindConfig
 from kindiff.evaluate.cost import closed_macs
 from kindiff.models import DiT, Gating
 from kindiff.train.apart import Apart
+from kindiff.train.memory import DTYPES
 from kindiff.train.step import WARM
 
 TOKEN_SIDE = 16
@@ -51,10 +52,17 @@ class Args:
     """Images a batch (256 tokens each)."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    precision: Literal["", "fp32", "bf16"] = ""
+    """One arithmetic only."""
     out: Path | None = None
     """Where the JSON goes."""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """The smallest shapes only."""
+
+
+def dtypes(precision: str) -> list[torch.dtype]:
+    """The one asked for, or both."""
+    return [DTYPES[precision]] if precision else list(DTYPES.values())
 
 
 class RankMask(nn.Module):
@@ -178,7 +186,7 @@ def blocks(args: Args, device: torch.device) -> list[dict[str, Any]]:
         masked = model_pair(name, 150, depth=1)[1]
         for matrix in ("q", "k", "v", "o", "mlp_in", "mlp_out"):
             setattr(masked.blocks[0], matrix, RankMask(getattr(masked.blocks[0], matrix)))
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in dtypes(args.precision):
             for backward in (True, False):
                 variants = {
                     label: block_run(model, args.batch, dtype, device, backward=backward)
@@ -220,7 +228,7 @@ def classes(args: Args, device: torch.device) -> list[dict[str, Any]]:
     """Time against 10 classes, all different in a batch, in sampling and training; and one class that fills it."""
     counts = (10, 100, 1000) if args.quick else (10, 100, 1000, 10_000)
     rows = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in dtypes(args.precision):
         found: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
         for mode in ("sampling", "training"):
             variants: dict[str, Callable[[], None]] = {}
@@ -250,7 +258,7 @@ def products(args: Args, device: torch.device) -> list[dict[str, Any]]:
     for name in ("DiT-B",) if args.quick else ("DiT-S", "DiT-B", "DiT-L"):
         config = DiTConfig.preset(f"{name}/2", num_classes=10)
         shapes = [config.matrix_shape(matrix) for matrix in MATRICES]
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in dtypes(args.precision):
             inner = {"dense": 0, "kind": config.width // 4}
             variants = {
                 label: product_run(shapes, rank, args.batch * TOKEN_SIDE**2, dtype, device)
@@ -298,7 +306,7 @@ def sweep(args: Args, device: torch.device) -> list[dict[str, Any]]:
                 dense,
                 KindConfig(learngene_rank=shape["rank"], tailor_rank=shape["tailor"], init="per-factor"),
             )
-            for dtype in (torch.float32, torch.bfloat16):
+            for dtype in dtypes(args.precision):
                 variants = {
                     label: block_run(model, shape["batch"], dtype, device, backward=True)
                     for label, model in (("dense", dense), ("kind", kind))
