@@ -60,11 +60,10 @@ def run(args: Args) -> None:
     if args.action == "repeat":
         from kindiff.study.repeating import compared, repetition
 
-        before = read_records(study.results)
+        before = [r for r in read_records(study.results) if study.picks(r.task, r.method, args.only)]
         again = repetition(study, before, args.work.absolute())
         _work(again, args)
-        after = read_records(again.results)
-        print(compared(before, [r for r in after if study.picks(r.task, r.method, args.only)]))
+        print(compared(before, read_records(again.results)))
         return
     if args.action == "plan":
         from kindiff.study.runner import pending
@@ -97,17 +96,8 @@ def _work(study: Study, args: Args) -> None:
     if args.workers == 1:
         run_alone(study, work, only=args.only)
         return
-    command = [
-        sys.executable,
-        "-m",
-        "kindiff.cli.main",
-        "study",
-        args.action,
-        str(args.study),
-        "--work",
-        str(args.work),
-    ]
-    command += ["--only", *args.only] if args.only else []
+    command = [sys.executable, "-m", "kindiff.cli.main", "study", args.action, str(args.study)]
+    command += ["--work", str(args.work), *(["--only", *args.only] if args.only else [])]
     if failed := run_workers(study, work, workers=args.workers, command=command, only=args.only):
         raise ChildProcessError(
             f"{failed} of {args.workers} workers failed; {args.work / study.name}/worker-*.log say why."

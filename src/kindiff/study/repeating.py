@@ -24,11 +24,11 @@ def repetition(study: Study, records: Sequence[Record], work: Path) -> Study:
 
 
 def compared(before: Sequence[Record], after: Sequence[Record]) -> str:
-    """A table: distance and accuracy as they stand in the study and as they came again, and whether the two intervals
-    of mean and spread meet; then how many do."""
+    """A table of the records before: distance and accuracy as they stand in the study and as they came again, and
+    whether the two intervals of mean and spread meet; then how many do."""
     there = {(row.task, row.method): row for row in best_rows(before)}
     lines, met = [], 0
-    for row in best_rows(after):
+    for row in best_rows([r for r in after if (r.task, r.method) in there]):
         old = there[row.task, row.method]
         apart = abs(row.distance_mean - old.distance_mean)
         meets = apart <= old.distance_spread + (row.distance_spread if row.seeds > 1 else 0.0)
