@@ -51,7 +51,7 @@ def device_of(name: str) -> torch.device:
 def precision_on(device: torch.device, name: Precision) -> Precision:
     """bf16 or fp32; for `auto` bf16 where the device multiplies it in hardware, else fp32.
 
-    Elsewhere bf16 is right but slow: a CPU with AVX2 alone takes six to eight times as long as in fp32 (docs/performance.md).
+    Elsewhere bf16 is right but slow: six to eight times as slow as fp32 on a CPU with AVX2 alone (docs/performance.md).
     """
     import torch
 
