@@ -58,7 +58,9 @@ class Track:
     def advance(self, count: int) -> None:
         """Some more is done."""
         self.done += count
-        note = f"{self.note}  {self.rate():.0f} {self.unit}/s".strip()
+        rate = self.rate()
+        pace = f"{rate:.0f} {self.unit}/s" if rate >= 1 else f"{rate * 3600:.0f} {self.unit}/hour"
+        note = f"{self.note}  {pace}".strip()
         if self.bar:
             self.bar.update(self.task, completed=self.done, total=self.total, note=note)
         elif time.monotonic() - self.said > LINE_EVERY:
@@ -73,11 +75,19 @@ class Track:
         if place()[0] != 0:
             return
         left = (self.total - self.done) / max(self.rate(), 1e-9)
-        end = f"about {left:.0f} s left" if left > 0 else f"done in {self.said - self.started:.0f} s"
+        end = f"about {duration(left)} left" if left > 0 else f"done in {duration(self.said - self.started)}"
         print(
             f"{self.label}: {self.done}/{self.total} {self.unit}{note and '  ' + note}, {end}",
             file=sys.stderr,
         )
+
+
+def duration(seconds: float) -> str:
+    """In the largest unit that it fills."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def show(result: object) -> None:

@@ -29,6 +29,7 @@ from kindiff.errors import UsageError
 from kindiff.evaluate.cost import closed_macs, cost_table, total
 from kindiff.models.dit import DiT
 from kindiff.parallel import place
+from kindiff.progress import duration
 from kindiff.runtime import device_of
 from kindiff.train.measuring import CPU_IMAGES, STEPS, measure
 from kindiff.train.memory import free, memory
@@ -283,17 +284,10 @@ def _time(
     found = measure(to_measure(device), samples, objective, config, flip=flip, images=images)
     step = found.step(share, config.workers)
     return (
-        f"{step:.3g} s a step, about {_duration(step * config.steps)} in all (median of {STEPS} steps of {images} "
+        f"{step:.3g} s a step, about {duration(step * config.steps)} in all (median of {STEPS} steps of {images} "
         f"images on {device}: loading {found.loading:.3g} s, passes {found.passes:.3g} s, update {found.update:.3g} s)"
     )
 
 
 def _gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB"
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
