@@ -30,6 +30,8 @@ def pending(study: Study, only: Sequence[str]) -> list[Work]:
 
 def run_alone(study: Study, work: Path, *, only: tuple[str, ...] = ()) -> None:
     """Do what is left in this process, beside others that may be doing the same."""
+    if not pending(study, only):
+        return
     from kindiff.evaluate.lite0 import Lite0Features
 
     device = str(runtime.device_of("auto"))
