@@ -8,8 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from kindiff.runtime import precision_on
 
 ROOT = Path(__file__).parents[1]
+FAST = precision_on(torch.device("cpu"), "auto")
+"""Without bf16 in hardware, a block in it takes minutes."""
 COMMANDS = (
     "speed.py blocks --quick --rounds 1",
     "speed.py classes --quick --rounds 1",
@@ -28,6 +33,7 @@ def test_a_benchmark_runs_and_writes_its_figures(tmp_path: Path, command: str) -
     script, *arguments = command.split()
     out = tmp_path / "figures.json"
     called = [sys.executable, f"benchmarks/{script}", *arguments, "--device", "cpu", "--out", str(out)]
+    called += [] if script == "strategies.py" else ["--precision", FAST]
     done = subprocess.run(called, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert {"versions", "hardware"} < json.loads(out.read_text()).keys()
