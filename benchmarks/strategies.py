@@ -15,11 +15,11 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
-from speed import alternate, ratios, save
+from speed import alternate, dtypes, ratios, save
 from torch import Tensor
 
 from kindiff import runtime
@@ -44,6 +44,8 @@ class Args:
     """Tokens an image."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    precision: Literal["", "fp32", "bf16"] = ""
+    """One arithmetic only."""
     out: Path | None = None
     """Where the JSON goes."""
 
@@ -159,7 +161,7 @@ def sampling(args: Args, dtype: torch.dtype, device: torch.device, rank: int | N
 def main(args: Args) -> None:
     device = runtime.device_of(args.device)
     rows = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in dtypes(args.precision):
         row: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
         variants = {f"joined, {s}": training(args, dtype, device, s, "joined", s) for s in SLOTS}
         variants["gathered"] = training(args, dtype, device, 32, "gathered", 32)

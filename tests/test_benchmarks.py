@@ -32,8 +32,8 @@ COMMANDS = (
 def test_a_benchmark_runs_and_writes_its_figures(tmp_path: Path, command: str) -> None:
     script, *arguments = command.split()
     out = tmp_path / "figures.json"
-    called = [sys.executable, f"benchmarks/{script}", *arguments, "--device", "cpu", "--out", str(out)]
-    called += [] if script == "strategies.py" else ["--precision", FAST]
+    called = [sys.executable, f"benchmarks/{script}", *arguments, "--device", "cpu", "--precision", FAST]
+    called += ["--out", str(out)]
     done = subprocess.run(called, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert {"versions", "hardware"} < json.loads(out.read_text()).keys()
