@@ -6,7 +6,7 @@ ONE = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .PHONY: bench bench-gpu demo faults fuzz test test-slow check lint types install
 
-demo: install  ## pre-train, decompose, recombine, transfer, sample: 10 to 20 minutes on two cores, 40 where they have no bf16
+demo: install  ## pre-train, decompose, recombine, transfer, sample: 10 to 20 minutes on two cores, about 40 where they have no bf16
 	$(BIN)/kindiff demo runs/demo
 
 test: install  ## the tests, two processes of one thread each

@@ -182,7 +182,7 @@ def steps(args: Args, device: torch.device) -> list[dict[str, Any]]:
             found = row(f"{name}/2 step", dtype, "train", seconds, allowed(kind, whole=True))
             found["parameters"] = {k: sum(p.numel() for p in m.parameters()) for k, m in models.items()}
             if device.type == "cpu":
-                precision = next(name for name, found in DTYPES.items() if found == dtype)
+                precision = "bf16" if dtype == torch.bfloat16 else "fp32"
                 found["peak MiB"] = {
                     label: peak_of(name, label, precision, args.batch) for label in labels[:4]
                 }

@@ -62,7 +62,7 @@ class Args:
 
 def dtypes(precision: str) -> list[torch.dtype]:
     """The one asked for, or both."""
-    return [DTYPES[precision]] if precision else list(DTYPES.values())
+    return [DTYPES[name] for name in ([precision] if precision else ["fp32", "bf16"])]
 
 
 class RankMask(nn.Module):

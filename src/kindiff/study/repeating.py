@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kindiff.study.config import Study
 from kindiff.study.records import Record
-from kindiff.study.tables import best_rows, grid, with_spread
+from kindiff.study.tables import best_rows, markdown_grid, with_spread
 
 
 def repetition(study: Study, records: Sequence[Record], work: Path) -> Study:
@@ -46,4 +46,6 @@ def compared(before: Sequence[Record], after: Sequence[Record]) -> str:
         )
     distance = next(iter(there.values())).distance_name
     columns = ("task", "method", distance, "again", "accuracy", "again", "spreads meet")
-    return f"{grid(columns, lines)}\n\n{met} of {len(lines)} distances came again within their spreads."
+    return (
+        f"{markdown_grid(columns, lines)}\n\n{met} of {len(lines)} distances came again within their spreads."
+    )

@@ -30,18 +30,20 @@ def pending(study: Study, only: Sequence[str]) -> list[Work]:
 
 def run_alone(study: Study, work: Path, *, only: tuple[str, ...] = ()) -> None:
     """Do what is left in this process, beside others that may be doing the same."""
-    if not pending(study, only):
+    works = pending(study, only)
+    if not works:
         return
     from kindiff.evaluate.lite0 import Lite0Features
 
     device = str(runtime.device_of("auto"))
     bench = Bench(study=study, work=work, features=Lite0Features.load(device=device), device=device)
-    while works := pending(study, only):
+    while works:
         for piece in works:
             if bench.do(piece):
                 break
         else:
             time.sleep(PAUSE)  # the rest is in other hands
+        works = pending(study, only)
 
 
 def run_workers(

@@ -129,7 +129,7 @@ def markdown(records: Sequence[Record]) -> str:
         blocks.append(
             f"**{task}**: {first.distance_name} and class accuracy of {first.count} samples, "
             f"{'/'.join(map(str, seeds))} seeds; real against real {first.floor:.1f} and {first.real_accuracy:.3f}.\n\n"
-            + grid(
+            + markdown_grid(
                 (
                     "method",
                     first.distance_name,
@@ -173,7 +173,7 @@ def _arrivals(name: str, lines: Sequence[Sequence[Row]], goal: Row) -> str:
     return (
         f"**{name}**: {goal.distance_name} by steps; the best rival, {goal.label}, ends at {goal.distance_mean:.1f}. "
         "Times are of the least disturbed training of each.\n\n"
-        + grid(("method", *map(str, counts), "as good after", "time"), table)
+        + markdown_grid(("method", *map(str, counts), "as good after", "time"), table)
     )
 
 
@@ -190,7 +190,7 @@ def sweep_markdown(records: Sequence[Record]) -> str:
                 best = min(found.values(), key=lambda d: math.inf if math.isnan(d) else d)
                 cells = [found.get(rate) for rate in rates]
                 lines.append((labels[method], *(_swept(cell, best) for cell in cells)))
-        blocks.append(f"**{task}**\n\n" + grid(("method", *(f"{rate:g}" for rate in rates)), lines))
+        blocks.append(f"**{task}**\n\n" + markdown_grid(("method", *(f"{rate:g}" for rate in rates)), lines))
     return "\n\n".join(blocks)
 
 
@@ -206,7 +206,7 @@ def _swept(distance: float | None, best: float) -> str:
     return f"**{distance:.1f}**" if distance == best else f"{distance:.1f}"
 
 
-def grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
