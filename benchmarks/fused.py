@@ -21,15 +21,29 @@ from speed import ratios, save
 from torch import Tensor
 
 from kindiff import runtime
-from kindiff.components import ComponentLinear, fused
+from kindiff.components import ComponentLinear, operators
 from kindiff.models import Gating
 from kindiff.models.layers import Linear
 
 TOKENS, TAILOR = 256, 4
-INWARD = ((128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4))
-OUTWARD = ((128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 128, 8, 2), (64, 128, 64, 4, 4))
-WEIGHTS = ((256, 128, 64, 8, 3), (128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (64, 128, 64, 4, 4))
-"""Rows, columns and inner numbers of a block, warps, stages."""
+TILES: dict[str, tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]] = {
+    "through": (
+        ("BLOCK_T", "BLOCK_I", "BLOCK_O", "STAGES_O", "num_warps", "num_stages"),
+        (
+            (128, 64, 128, 3, 8, 4), (64, 64, 64, 3, 4, 3), (64, 64, 64, 3, 4, 2), (64, 32, 64, 3, 4, 5),
+        ),
+    ),
+    "inward": (("BLOCK_T", "BLOCK_I", "num_warps", "num_stages"), ((128, 64, 8, 4), (64, 64, 4, 3), (64, 64, 4, 2))),
+    "outward": (
+        ("BLOCK_T", "BLOCK_O", "BLOCK_R", "num_warps", "num_stages"),
+        ((128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (64, 256, 64, 4, 2)),
+    ),
+    "weights": (
+        ("BLOCK_T", "BLOCK_O", "num_warps", "num_stages"),
+        ((64, 128, 8, 3), (64, 128, 8, 4), (128, 128, 8, 2)),
+    ),
+}  # fmt: skip
+"""Blocks by kernel (`kindiff.components.operators`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +56,8 @@ class Args:
     """Images a batch."""
     widths: tuple[int, ...] = (768, 1024)
     """Widths of the model."""
+    kernels: tuple[str, ...] = tuple(TILES)
+    """Of tiles."""
     out: Path | None = None
     """Where the JSON goes."""
 
@@ -169,13 +185,26 @@ def difference(plain: list[Any], ours: list[Any], x: Tensor, gating: Gating) -> 
 
 
 def tiles(args: Args) -> list[dict[str, Any]]:
-    """The shapes of a block's products: q, k and v together, o and MLP in (V side), the MLP's wide sides."""
+    """Each kernel on a block's shapes: q, k and v together, o, the MLP's two; beside the library's products of the
+    learngenes alone."""
     rows = []
     for width in args.widths:
-        for features, count in ((width, 3), (width, 1), (4 * width, 1)):
-            for kernel in (inward, outward, weights):
-                found = medians(kernel(width // 4, features, count, args), args.rounds)
-                row = {"width": width, "features": features, "layers": count, "kernel": kernel.__name__}
+        shapes = ((width, width, 3), (width, width, 1), (width, 4 * width, 1), (4 * width, width, 1))
+        for name in args.kernels:
+            for inputs, out, layers in shapes:
+                made = KERNELS[name](width // 4, inputs, out, layers, args)
+                if made is None:
+                    continue
+                library, ours = made
+                names, blocks = TILES[name]
+                wide = name == "through" and width // 4 > operators.NARROW
+                rule = f"{name.upper()}{'_WIDE' * wide}_TILE"
+                variants = {"library, learngenes alone": library} | {
+                    str(block): with_tile(rule, dict(zip(names, block, strict=True)), ours)
+                    for block in blocks
+                }
+                found = medians(variants, args.rounds)
+                row = {"width": width, "kernel": name, "in": inputs, "out": out, "layers": layers}
                 rows.append(row | {"milliseconds": found})
                 print(row, {n: round(t * 1e3) for n, t in found.items()}, "us", flush=True)
     return rows
@@ -185,46 +214,55 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
-def by_tile(rule: str, names: str, shapes: Any, run: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
-    found = {}
-    for *blocks, warps, stages in shapes:
-        tile = dict(zip((f"BLOCK_{name}" for name in names), blocks, strict=True))
-        tile |= {"num_warps": warps, "num_stages": stages}
-        found[str((*blocks, warps, stages))] = with_tile(rule, tile, run)
-    return found
+Pair = tuple[Callable[[], Any], Callable[[], Any]]
 
 
-def inward(rank: int, features: int, count: int, args: Args) -> dict[str, Any]:
-    x, v = random(args.batch, TOKENS, features), random(count * rank, features)
-    v_own, flat = random(args.batch, count * TAILOR, features), x.flatten(0, 1)
-    return {"library, learngenes alone": lambda: flat @ v.T} | by_tile(
-        "INWARD_TILE", "TRI", INWARD, lambda: fused.inward([x], [v], [v_own], count)
+def through(rank: int, wide: int, out: int, layers: int, args: Args) -> Pair | None:
+    x, v, u = random(args.batch, TOKENS, wide), random(layers * rank, wide), random(layers * rank, out)
+    v_own, u_own = random(args.batch, layers * TAILOR, wide), random(args.batch, layers * TAILOR, out)
+    bias, flat = random(layers, out), x.flatten(0, 1)
+
+    def library() -> list[Tensor]:
+        parts = (flat @ v.T).split(rank, dim=1)
+        return [torch.addmm(b, part, each) for b, part, each in zip(bias, parts, u.split(rank), strict=True)]
+
+    return library, lambda: operators.through(x, v, v_own, u, u_own, bias, layers, True)
+
+
+def inward(rank: int, wide: int, out: int, layers: int, args: Args) -> Pair | None:
+    """Backward, towards dh; alone only where layers share an input."""
+    if layers == 1:
+        return None
+    dys = [random(args.batch, TOKENS, out) for _ in range(layers)]
+    u, own = random(layers * rank, out), random(args.batch, layers * TAILOR, out)
+    parts = u.split(rank)
+    return (
+        lambda: [dy.flatten(0, 1) @ part.T for dy, part in zip(dys, parts, strict=True)],
+        lambda: operators.inward(dys, u, own),
     )
 
 
-def outward(rank: int, features: int, count: int, args: Args) -> dict[str, Any]:
-    few = fused.columns_of(TAILOR)
-    h, u = random(args.batch * TOKENS, count * (rank + few)), random(count * rank, features)
-    own, bias = random(args.batch, count * TAILOR, features), random(features)
-    flat = h[:, : count * rank]
-    return {"library, learngenes alone": lambda: torch.addmm(bias, flat, u)} | by_tile(
-        "OUTWARD_TILE", "TOR", OUTWARD,
-        lambda: fused.outward(h, u, own, bias, count * rank, count, 0, count),
-    )  # fmt: skip
+def outward(rank: int, wide: int, out: int, layers: int, args: Args) -> Pair | None:
+    if layers == 1:
+        return None
+    h = random(args.batch * TOKENS, layers * (rank + operators.columns_of(TAILOR)))
+    v, own = random(layers * rank, wide), random(args.batch, layers * TAILOR, wide)
+    return lambda: h[:, : len(v)] @ v, lambda: operators.outward(h, v, own, layers)
 
 
-def weights(rank: int, features: int, count: int, args: Args) -> dict[str, Any]:
-    few = fused.columns_of(TAILOR)
-    h, z = random(args.batch * TOKENS, count * (rank + few)), random(args.batch, TOKENS, features)
-    flat = h[:, : count * rank]
+def weights(rank: int, wide: int, out: int, layers: int, args: Args) -> Pair | None:
+    """The gradients of V of all layers."""
+    h = random(args.batch * TOKENS, layers * (rank + operators.columns_of(TAILOR)))
+    x = random(args.batch, TOKENS, wide)
 
     def ours() -> Any:
-        parts, own = fused.weights(h, z, count * rank, count, 0, count)
+        parts, own = operators.weights(h, x, rank, layers, 0, layers)
         return parts.sum(dim=0).bfloat16(), own
 
-    return {"library, learngenes alone": lambda: flat.T @ z.flatten(0, 1)} | by_tile(
-        "WEIGHTS_TILE", "ROT", WEIGHTS, ours
-    )
+    return lambda: h[:, : layers * rank].T @ x.flatten(0, 1), ours
+
+
+KERNELS = {"through": through, "inward": inward, "outward": outward, "weights": weights}
 
 
 def medians(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -233,12 +271,12 @@ def medians(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, fl
 
 def with_tile(rule: str, tile: dict[str, int], run: Callable[[], Any]) -> Callable[[], Any]:
     def other() -> Any:
-        usual = getattr(fused, rule)
-        setattr(fused, rule, tile)
+        usual = getattr(operators, rule)
+        setattr(operators, rule, tile)
         try:
             return run()
         finally:
-            setattr(fused, rule, usual)
+            setattr(operators, rule, usual)
 
     return other
 

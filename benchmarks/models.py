@@ -334,10 +334,11 @@ def profile(args: Args, device: torch.device) -> list[dict[str, Any]]:
                 e.key: (e.self_device_time_total if gpu_ else e.self_cpu_time_total) / 1e3 / args.rounds
                 for e in found.key_averages()
             }
-            total, largest = sum(times.values()), sorted(times.items(), key=lambda pair: -pair[1])[:25]
+            calls = {e.key: e.count // args.rounds for e in found.key_averages()}
+            total, largest = sum(times.values()), sorted(times.items(), key=lambda pair: -pair[1])[:40]
             print(f"{name}/2 {label}, {args.batch} images, {precision}: {total:.1f} ms a step")
             for key, time in largest:
-                print(f"    {time:8.2f} ms {time / total:6.1%}  {key[:90]}", flush=True)
+                print(f"    {time:8.2f} ms {time / total:6.1%} {calls[key]:5d} x  {key[:120]}", flush=True)
             rows.append({"what": f"{name}/2", "variant": label, "dtype": precision, "milliseconds": total}
                         | {"operations": dict(largest)})  # fmt: skip
     return rows

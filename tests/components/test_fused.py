@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from kindiff.components import factorize, fused
+from kindiff.components import factorize, fused, operators
 from kindiff.components.strategy import choose, set_strategy_
 from kindiff.config import DiTConfig, KindConfig
 from kindiff.errors import UsageError
@@ -21,41 +21,50 @@ DTYPE, TOLERANCE = (torch.bfloat16, 1e-2) if DEVICE == "cuda" else (torch.float1
 
 
 def plain(
-    x: Tensor, v: Tensor, v_own: Tensor, us: list[Tensor], biases: list[Tensor | None], own: list[Tensor]
-):
-    vs, vs_own = v.chunk(len(us)), v_own.chunk(len(us), dim=1)
+    x: Tensor, v: Tensor, v_own: Tensor, u: Tensor, bias: Tensor | None, u_own: Tensor, layers: int
+) -> list[Tensor]:
+    vs, us = v.chunk(layers), u.chunk(layers)
+    vs_own, us_own = v_own.chunk(layers, dim=1), u_own.chunk(layers, dim=1)
     return [
-        x @ vs[i].T @ us[i] + x @ vs_own[i].mT @ own[i] + (0 if biases[i] is None else biases[i])
-        for i in range(len(us))
+        x @ vs[i].T @ us[i] + x @ vs_own[i].mT @ us_own[i] + (0 if bias is None else bias[i])
+        for i in range(layers)
     ]
 
 
 @pytest.mark.parametrize(
-    ("batch", "tokens", "wide", "out", "rank", "own", "count", "programs"),
+    ("batch", "tokens", "wide", "out", "rank", "own", "layers", "biased", "programs", "whole"),
     [
-        pytest.param(2, 20, 40, 48, 16, 3, 3, 132, id="q, k, v; odd sizes"),
-        pytest.param(3, 130, 64, 136, 64, 4, 1, 4, id="more tokens than a block; two samples a program"),
-        pytest.param(2, 64, 96, 40, 48, 17, 1, 132, id="two blocks of tailor columns"),
-        pytest.param(5, 16, 200, 96, 144, 64, 2, 1, id="as many tailor components as fit; one program"),
+        pytest.param(2, 20, 40, 48, 16, 3, 3, True, 132, 256, id="q, k, v; odd sizes"),
+        pytest.param(
+            3, 130, 64, 136, 64, 4, 1, True, 4, 256, id="more tokens than a block; two samples a program"
+        ),
+        pytest.param(2, 64, 96, 40, 48, 17, 1, False, 132, 256, id="two blocks of tailor columns"),
+        pytest.param(
+            5, 16, 200, 96, 144, 64, 2, True, 1, 256, id="as many tailor components as fit; one program"
+        ),
+        pytest.param(
+            3, 20, 80, 72, 80, 4, 2, True, 2, 64, id="a rank too large to pass through both factors at once"
+        ),
     ],
 )
 def test_outputs_and_gradients_are_those_of_plain_products(
-    batch: int, tokens: int, wide: int, out: int, rank: int, own: int, count: int, programs: int,
-    monkeypatch: pytest.MonkeyPatch,
+    batch: int, tokens: int, wide: int, out: int, rank: int, own: int, layers: int, biased: bool, programs: int,
+    whole: int, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(fused, "PROGRAMS", programs)
+    monkeypatch.setattr(operators, "PROGRAMS", programs)
+    monkeypatch.setattr(operators, "WHOLE", whole)
     torch.manual_seed(0)
 
     def leaf(*shape: int) -> Tensor:
         return (0.3 * torch.randn(*shape, device=DEVICE)).to(DTYPE).requires_grad_()
 
-    x, v, v_own = leaf(batch, tokens, wide), leaf(count * rank, wide), leaf(batch, count * own, wide)
-    us, owns = [leaf(rank, out) for _ in range(count)], [leaf(batch, own, out) for _ in range(count)]
-    biases = [None if i == 1 else leaf(out) for i in range(count)]
-    given = [x, v, v_own, *us, *biases, *owns]
+    given = [
+        leaf(batch, tokens, wide), leaf(layers * rank, wide), leaf(batch, layers * own, wide),
+        leaf(layers * rank, out), leaf(layers, out) if biased else None, leaf(batch, layers * own, out),
+    ]  # fmt: skip
     exact = [None if t is None else t.detach().double().requires_grad_() for t in given]
-    ys = fused.FusedProducts.apply(*given)
-    wanted = plain(*exact[:3], exact[3 : 3 + count], exact[3 + count : 3 + 2 * count], exact[3 + 2 * count :])
+    ys = fused.FusedProducts.apply(*given, layers)
+    wanted = plain(*exact, layers)
     dys = [torch.randn_like(y) for y in ys]
     torch.autograd.backward(ys, dys)
     torch.autograd.backward(wanted, [dy.double() for dy in dys])
@@ -73,7 +82,7 @@ def test_only_gradients_that_are_asked_for() -> None:
     x, v, v_own, u, own = (
         torch.randn(*shape, device=DEVICE).to(DTYPE).requires_grad_(train) for shape, train in shapes.items()
     )
-    (y,) = fused.FusedProducts.apply(x, v, v_own, u, None, own)
+    (y,) = fused.FusedProducts.apply(x, v, v_own, u, None, own, 1)
     y.sum().backward()
     assert v.grad is None
     assert u.grad is None
@@ -82,6 +91,7 @@ def test_only_gradients_that_are_asked_for() -> None:
         assert tensor.grad.abs().sum() > 0
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:TensorFloat32")  # torch.compile's own
 def test_a_model_of_one_graph_whatever_the_classes() -> None:
     torch.manual_seed(0)
     config = DiTConfig(input_size=8, channels=3, num_classes=5, width=32, depth=2, heads=2, patch=2)

@@ -25,7 +25,7 @@ def runs(config: PretrainConfig, folder: Path) -> list[DiT]:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU records")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:TensorFloat32")  # torch.compile's own
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("objective", ["flow", "epsilon"])
 @pytest.mark.parametrize("gate", ["", "class", "soft"])

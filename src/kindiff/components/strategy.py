@@ -65,7 +65,8 @@ def strategy_of(layers: Sequence[ComponentLinear], gating: Gating, dtype: torch.
         training=torch.is_grad_enabled() and layer.tailor_u.requires_grad,
         weights_train=gating.weights_BK.requires_grad,
         mixed=torch.is_grad_enabled() and layer.tailor_mix is not None,
-        fits=len({each.rank for each in layers}) == 1 and fused.fits(layer.rank, on * components, dtype),
+        fits=len({(each.rank, each.tailor_u.shape[2], each.bias is None) for each in layers}) == 1
+        and fused.fits(layer.rank, on * components, dtype),
     )
 
 

@@ -43,7 +43,7 @@ class Apart:
         images: fill up to as many rows as so many images can have, with rows that none has, so that shapes stay the
         same from step to step; those repeat the first.
         """
-        count = images * self.gate.slots_CK.shape[1]
+        count = min(images * self.gate.slots_CK.shape[1], len(self.banks[0][2]))
         rows = padded(slots_n if len(slots_n) else slots_n.new_zeros(1), count)
         place_S = rows.new_zeros(len(self.banks[0][2]))
         place_S[slots_n] = torch.arange(len(slots_n), device=rows.device)

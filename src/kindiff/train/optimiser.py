@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from kindiff.components.fused import TRITON
 from kindiff.components.gates import TableGate
+from kindiff.components.operators import TRITON
 from kindiff.config import TrainConfig
 from kindiff.models.dit import DiT
 from kindiff.train.apart import Apart
@@ -41,13 +41,15 @@ class RowAdam:
         self.mean_SP = torch.zeros(len(like), width, device=like.device, dtype=like.dtype)
         self.square_SP = torch.zeros(len(like), width, device=like.device, dtype=like.dtype)
         self.steps_S = torch.zeros(len(like), device=like.device, dtype=like.dtype)
+        self._places: tuple[list[int], Tensor] | None = None
+        """On a GPU: the banks' addresses, and what `kindiff.train.kernels` takes for them."""
 
     @torch.no_grad()
     def step(self, rows: Tensor, lr: float | Tensor, apart: list[nn.Parameter] | None = None) -> None:
         """One step of the named rows along the banks' gradients, or of rows that stand apart along theirs.
 
         rows: each once, or again and again, so that shapes stay the same; it takes one step. apart: the banks' rows as
-        tensors of their own, the named ones first; they move with the banks.
+        tensors of their own, the named ones first; whether they move too is not said.
         """
         if not self.banks:
             return
@@ -57,34 +59,52 @@ class RowAdam:
         if not len(rows):
             return
         count = len(rows)
-        first = (rows.unsqueeze(1) == rows).int().argmax(dim=1)
+        first = (
+            (rows.unsqueeze(1) == rows).int().argmax(dim=1)
+        )  # where each is named first; that gradient counts
         found = (
             [_gradient(bank)[rows] for bank in self.banks]
             if apart is None
             else [_gradient(own)[:count] for own in apart]
         )
         gradient = torch.cat([g.flatten(1) for g in found], dim=1)
-        change = self._change(gradient, rows, first, lr)
         held = [local(bank) for bank in self.banks]
+        if gradient.is_cuda and TRITON and gradient.dtype == torch.float32:
+            self._step_in_place(gradient, rows, first, lr, held)
+            return
+        change = self._change(gradient, rows, first, lr)
         values = [bank[rows] for bank in held] if apart is None else [own[:count] for own in apart]
         pieces = change.split([bank.shape[1:].numel() for bank in held], dim=1)
         torch._foreach_sub_(values, [p.view_as(v) for p, v in zip(pieces, values, strict=True)])
         for bank, value in zip(held, values, strict=True):
             bank.index_copy_(0, rows, value)
 
+    def _step_in_place(
+        self, gradient_nP: Tensor, rows_n: Tensor, first_n: Tensor, lr: float | Tensor, held: list[Tensor]
+    ) -> None:
+        """The whole step on a GPU, in one pass over memory."""
+        from kindiff.train.kernels import adam_rows_, places_of
+
+        addresses = [bank.data_ptr() for bank in held]
+        if self._places is None or self._places[0] != addresses:
+            self._places = addresses, places_of(held).to(gradient_nP.device)
+        self.steps_S[rows_n] += 1
+        rate = lr if isinstance(lr, Tensor) else torch.full((), lr, device=rows_n.device)
+        adam_rows_(
+            gradient_nP,
+            self.mean_SP,
+            self.square_SP,
+            self.steps_S,
+            rows_n,
+            first_n,
+            self._places[1],
+            rate,
+            BETAS,
+            EPS,
+        )
+
     def _change(self, gradient_nP: Tensor, rows_n: Tensor, first_n: Tensor, lr: float | Tensor) -> Tensor:
-        """What is to be taken from the named rows, (n, P); their moments and counts move on. One pass over memory.
-
-        first_n: where each row is named first; that gradient counts.
-        """
-        if gradient_nP.is_cuda and TRITON:
-            from kindiff.train.kernels import adam_rows_
-
-            self.steps_S[rows_n] += 1
-            rate = lr if isinstance(lr, Tensor) else torch.full((), lr, device=rows_n.device)
-            return adam_rows_(
-                gradient_nP, self.mean_SP, self.square_SP, self.steps_S, rows_n, first_n, rate, BETAS, EPS
-            )
+        """What is to be taken from the named rows, (n, P); their moments and counts move on."""
         change_nP = torch.zeros_like(gradient_nP)
         place_of = dict(zip(rows_n.tolist(), first_n.tolist(), strict=True))
         adam(  # each row as a parameter of its own, since each has its own count

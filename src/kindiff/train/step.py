@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from kindiff.components.fused import TRITON
+from kindiff.components.operators import TRITON
 from kindiff.config import TrainConfig
 from kindiff.data.batches import Batch
 from kindiff.diffusion import Loss
