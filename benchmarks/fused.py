@@ -197,8 +197,7 @@ def tiles(args: Args) -> list[dict[str, Any]]:
                     continue
                 library, ours = made
                 names, blocks = TILES[name]
-                wide = name == "through" and width // 4 > operators.NARROW
-                rule = f"{name.upper()}{'_WIDE' * wide}_TILE"
+                rule = operators.through_tile(width // 4, inputs, out) if name == "through" else name
                 variants = {"library, learngenes alone": library} | {
                     str(block): with_tile(rule, dict(zip(names, block, strict=True)), ours)
                     for block in blocks
@@ -271,12 +270,11 @@ def medians(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, fl
 
 def with_tile(rule: str, tile: dict[str, int], run: Callable[[], Any]) -> Callable[[], Any]:
     def other() -> Any:
-        usual = getattr(operators, rule)
-        setattr(operators, rule, tile)
+        usual, operators.TILES[rule] = operators.TILES[rule], tile
         try:
             return run()
         finally:
-            setattr(operators, rule, usual)
+            operators.TILES[rule] = usual
 
     return other
 

@@ -21,22 +21,19 @@ WHOLE = 256
 """Learngene ranks up to this pass through both factors at once: so many of a row's columns stay on the chip."""
 TRITON = importlib.util.find_spec("triton") is not None
 """Torch brings it along wherever it can run on a GPU."""
-THROUGH_TILE = {"BLOCK_T": 64, "BLOCK_I": 64, "BLOCK_O": 64, "STAGES_O": 3, "num_warps": 4, "num_stages": 3}
-THROUGH_WIDE_TILE = {
-    "BLOCK_T": 64,
-    "BLOCK_I": 32,
-    "BLOCK_O": 64,
-    "STAGES_O": 3,
-    "num_warps": 4,
-    "num_stages": 5,
+_T, _I, _O, _R, _AHEAD = "BLOCK_T", "BLOCK_I", "BLOCK_O", "BLOCK_R", "STAGES_O"
+TILES = {
+    "through": {_T: 64, _I: 64, _O: 64, _AHEAD: 3, "num_warps": 4, "num_stages": 3},
+    "through, wide": {_T: 64, _I: 64, _O: 64, _AHEAD: 3, "num_warps": 4, "num_stages": 2},
+    "through, long": {_T: 128, _I: 64, _O: 128, _AHEAD: 3, "num_warps": 8, "num_stages": 4},
+    "inward": {_T: 128, _I: 64, "num_warps": 8, "num_stages": 4},
+    "outward": {_T: 128, _O: 256, _R: 64, "num_warps": 8, "num_stages": 3},
+    "weights": {_T: 64, _O: 128, "num_warps": 8, "num_stages": 4},
 }
-INWARD_TILE = {"BLOCK_T": 128, "BLOCK_I": 64, "num_warps": 8, "num_stages": 4}
-OUTWARD_TILE = {"BLOCK_T": 128, "BLOCK_O": 256, "BLOCK_R": 64, "num_warps": 8, "num_stages": 3}
-WEIGHTS_TILE = {"BLOCK_T": 64, "BLOCK_O": 128, "num_warps": 8, "num_stages": 4}
 """Rows, columns and inner numbers of a block, warps, and blocks on their way at once; chosen on an H200 (`python
-benchmarks/fused.py tiles`). `through`, where one waits for its own results, leaves room for two programs at once."""
+benchmarks/fused.py tiles`)."""
 NARROW = 192
-"""Learngene ranks up to this take THROUGH_TILE."""
+"""Learngene ranks above this are wide to `through`: two of its programs find room at once with fewer blocks each."""
 SPARE = 2048
 """Bytes of shared memory that a kernel takes beside its blocks, at most."""
 PROGRAMS = 132
@@ -49,6 +46,13 @@ _op = library.triton_op if _GPU else library.custom_op
 def columns_of(components: int) -> int:
     """F: the columns that M components fill."""
     return next(few for few in FEW if components <= few)
+
+
+def through_tile(rank: int, width: int, features: int) -> str:
+    """Which of TILES `through` takes: where most of its time is the first factor's, one with larger blocks."""
+    if width > features:
+        return "through, long"
+    return "through" if rank <= NARROW else "through, wide"
 
 
 @_op("kindiff::through", mutates_args=())
@@ -76,7 +80,7 @@ def through(
             _launch_outward(h, u, u_own, bias, y, i, 1, layers, i)
         return y, h
     a, b = _columns(rank)
-    tile = _for_tokens(THROUGH_TILE if rank <= NARROW else THROUGH_WIDE_TILE, tokens)
+    tile = _for_tokens(TILES[through_tile(rank, width, features)], tokens)
     block_t = tile["BLOCK_T"]
     inner = 2 * tile["BLOCK_I"] * (block_t + a + b + few)  # bytes of a stage of each loop
     outer = 2 * tile["BLOCK_O"] * (a + b + few)
@@ -158,7 +162,7 @@ def weights(h: Tensor, z: Tensor, rank: int, layers: int, first: int, count: int
     few = h.shape[1] // layers - rank
     found, own = _weights_out(h, z, rank, layers, first, count)
     parts, (a, b) = len(found), _rows(rank)
-    tile = dict(WEIGHTS_TILE)
+    tile = dict(TILES["weights"])
     tile["num_stages"] = _stages(z, tile["num_stages"], 2 * tile["BLOCK_T"] * (tile["BLOCK_O"] + a + b + few))
     _kernel("weights")[(parts * _weights_tiles(rank, features, count),)](
         h, z, found, own, samples, _parts(samples, parts), first, TOKENS=tokens, FEATURES=features, RANK=rank,
@@ -185,7 +189,7 @@ def _weights_out(
 
 
 def _weights_tiles(rank: int, features: int, count: int) -> int:
-    return count * _parts(rank, sum(_rows(rank))) * _parts(features, WEIGHTS_TILE["BLOCK_O"])
+    return count * _parts(rank, sum(_rows(rank))) * _parts(features, TILES["weights"][_O])
 
 
 def _launch_inward(x: Tensor, v: Tensor, own: Tensor, h: Tensor, first: int, count: int, layers: int) -> None:
@@ -193,7 +197,7 @@ def _launch_inward(x: Tensor, v: Tensor, own: Tensor, h: Tensor, first: int, cou
     samples, tokens, width = x.shape
     rank, mine = len(v) // layers, own.shape[1] // layers
     few, (a, b) = columns_of(mine), _columns(rank)
-    tile = _for_tokens(INWARD_TILE, tokens)
+    tile = _for_tokens(TILES["inward"], tokens)
     block_t = tile["BLOCK_T"]
     tile["num_stages"] = _stages(x, tile["num_stages"], 2 * tile["BLOCK_I"] * (block_t + a + b + few))
     _kernel("inward")[(samples * _parts(tokens, block_t) * count * _parts(rank, a + b),)](
@@ -209,7 +213,7 @@ def _launch_outward(
     samples, tokens, features = len(own), y.shape[-2], u.shape[1]
     rank, mine = len(u) // layers, own.shape[1] // layers
     few = columns_of(mine)
-    tile = _for_tokens(OUTWARD_TILE, tokens)
+    tile = _for_tokens(TILES["outward"], tokens)
     block_t = tile["BLOCK_T"]
     few_all = 1 << (count * few - 1).bit_length()
     tile["num_stages"] = _stages(
