@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from kindiff.components import factorize, fused, operators
-from kindiff.components.strategy import choose, set_strategy_
+from kindiff.components import ComponentLinear, factorize, fused, operators
+from kindiff.components.strategy import choose, set_strategy_, strategy_of
 from kindiff.config import DiTConfig, KindConfig
 from kindiff.errors import UsageError
-from kindiff.models import DiT
+from kindiff.models import DiT, Gating
 
 # Without a GPU, an interpreter that knows numpy 2.4 is wanted.
 pytest.importorskip("triton", minversion="3.6" if torch.cuda.is_available() else "3.8")
@@ -121,6 +121,34 @@ def test_a_model_of_one_graph_whatever_the_classes() -> None:
             assert (a - b).norm() < 50 * TOLERANCE * b.norm()
     assert counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("rank", "columns", "rows"),
+    [(16, (16, 0), (64, 0)), (48, (32, 16), (64, 64)), (96, (64, 32), (64, 64)), (192, (128, 64), (128, 64)),
+     (240, (128, 128), (128, 128)), (256, (256, 0), (256, 0)), (512, (256, 0), (256, 0))],
+)  # fmt: skip
+def test_a_rank_is_held_by_two_powers_of_two(
+    rank: int, columns: tuple[int, int], rows: tuple[int, int]
+) -> None:
+    assert operators._columns(rank) == columns
+    assert operators._rows(rank) == rows
+
+
+def test_blocks_fit_the_memory_that_a_card_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    for shared, stages in ((232_448, 4), (166_912, 3), (101_376, 2), (49_152, 1)):
+        monkeypatch.setattr(operators, "_shared", lambda device, shared=shared: shared)
+        assert operators._stages(torch.empty(0), 4, 43_008) == stages
+
+
+def test_layers_of_other_shapes_are_not_fused_together() -> None:
+    layers = [ComponentLinear(32, out, rank=16, slots=3, tailor_rank=2) for out in (32, 48)]
+    gating = Gating(torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1))
+    for layer in layers:
+        layer.strategy = "fused"
+    assert strategy_of(layers[:1], gating, torch.float16).name == "fused"
+    with pytest.raises(UsageError, match="one shape of what shares an input"):
+        strategy_of(layers, gating, torch.float16)
 
 
 def test_when_the_rule_takes_them() -> None:

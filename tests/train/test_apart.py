@@ -74,6 +74,13 @@ def test_steps_are_those_of_the_whole_banks(
     assert apart.gate.slots_CK.equal(whole.gate.slots_CK)
 
 
+def test_no_more_rows_are_filled_up_than_the_bank_has(kind_model: DiT) -> None:
+    optimiser = Optimiser(kind_model, TrainConfig())
+    for images, count in ((2, 2), (4, 4), (64, len(NAMES))):
+        rows, _ = optimiser.places(torch.tensor([1]), images)
+        assert rows.tolist() == [1] * count
+
+
 def test_the_banks_are_back_after_an_error(kind_model: DiT) -> None:
     optimiser = Optimiser(kind_model, TrainConfig())
     before = dict(kind_model.named_parameters())

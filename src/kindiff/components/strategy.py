@@ -87,8 +87,8 @@ def choose(
     own: Literal["gathered", "fused"] = "fused" if fits and device == "cuda" else "gathered"
     if wanted == "fused" and not fits:
         raise UsageError(
-            "strategy 'fused' needs Triton, half precision, a learngene rank that 16 divides and at most "
-            f"{fused.FEW[-1]} tailor components a sample; use auto."
+            "strategy 'fused' needs Triton, half precision, a learngene rank that 16 divides, at most "
+            f"{fused.FEW[-1]} tailor components a sample and one shape of what shares an input; use auto."
         )
     if weights_train and wanted in ("auto", "joined"):
         return Strategy(own, "the gate's weights train, and a mask has no gradient")

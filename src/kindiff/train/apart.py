@@ -40,8 +40,8 @@ class Apart:
     def places(self, slots_n: Tensor, images: int = 0) -> tuple[Tensor, Tensor]:
         """The rows of a step (each slot once) and every slot's place among them (S,), where the slots are.
 
-        images: fill up to as many rows as so many images can have, with rows that none has, so that shapes stay the
-        same from step to step; those repeat the first.
+        images: fill up to as many rows as so many images can have, if the bank has them, so that shapes stay the same
+        from step to step; what is filled in repeats the first and is nobody's.
         """
         count = min(images * self.gate.slots_CK.shape[1], len(self.banks[0][2]))
         rows = padded(slots_n if len(slots_n) else slots_n.new_zeros(1), count)

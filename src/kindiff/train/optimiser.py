@@ -49,7 +49,7 @@ class RowAdam:
         """One step of the named rows along the banks' gradients, or of rows that stand apart along theirs.
 
         rows: each once, or again and again, so that shapes stay the same; it takes one step. apart: the banks' rows as
-        tensors of their own, the named ones first; whether they move too is not said.
+        tensors of their own, the named ones first, of which only the gradients are sure to be looked at.
         """
         if not self.banks:
             return
@@ -59,9 +59,7 @@ class RowAdam:
         if not len(rows):
             return
         count = len(rows)
-        first = (
-            (rows.unsqueeze(1) == rows).int().argmax(dim=1)
-        )  # where each is named first; that gradient counts
+        first = (rows.unsqueeze(1) == rows).int().argmax(dim=1)
         found = (
             [_gradient(bank)[rows] for bank in self.banks]
             if apart is None
@@ -82,7 +80,7 @@ class RowAdam:
     def _step_in_place(
         self, gradient_nP: Tensor, rows_n: Tensor, first_n: Tensor, lr: float | Tensor, held: list[Tensor]
     ) -> None:
-        """The whole step on a GPU, in one pass over memory."""
+        """The step on a GPU, in one pass over memory. first_n: where each row is named first; that gradient counts."""
         from kindiff.train.kernels import adam_rows_, places_of
 
         addresses = [bank.data_ptr() for bank in held]
