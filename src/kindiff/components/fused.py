@@ -53,9 +53,10 @@ class FusedProducts(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         x_BTI, v_own, u_own = x_BTI.contiguous(), v_own.contiguous(), u_own.contiguous()
         _, need_v, need_v_own, need_u, _, need_u_own, _ = ctx.needs_input_grad
-        y_LBTO, h = through(x_BTI, v, v_own, u, u_own, bias, layers, need_u or need_u_own)
+        keep_x, keep_h = need_v or need_v_own, need_u or need_u_own
+        y_LBTO, h = through(x_BTI, v, v_own, u, u_own, bias, layers, keep_h)
         ctx.layers = layers
-        ctx.save_for_backward(x_BTI if need_v or need_v_own else None, h, v, v_own, u, u_own)
+        ctx.save_for_backward(x_BTI if keep_x else None, h if keep_h else None, v, v_own, u, u_own)
         return y_LBTO.unbind()
 
     @staticmethod
