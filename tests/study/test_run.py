@@ -60,6 +60,7 @@ def test_a_killed_study_goes_on_and_compares_every_method(tmp_path, monkeypatch,
     records = read_records(results)
     assert len(records) == 2 * (4 + 1)  # a sweep and one more seed for each of two methods
     assert len([r for r in records if r.test]) == 4
+    assert {(r.seed, r.validation is None) for r in records} == {(0, False), (1, True)}
     for name, content in before.items():
         if b'"test": null' not in content or b'"test": null' in (results / name).read_bytes():
             assert (results / name).read_bytes() == content  # what was done is not done again

@@ -80,7 +80,7 @@ class Record:
     failed: str = ""
     """Why there is no score: the training gave numbers that are not finite."""
     validation: Figures | None = None
-    """Against the validation images; chooses the learning rate."""
+    """Against the validation images; chooses the learning rate, so the first seed's alone is asked for."""
     test: Figures | None = None
     """Against the test images; only cells at a chosen rate have it."""
     provenance: dict[str, Any]
