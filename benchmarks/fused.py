@@ -26,24 +26,13 @@ from kindiff.models import Gating
 from kindiff.models.layers import Linear
 
 TOKENS, TAILOR = 256, 4
-TILES: dict[str, tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]] = {
-    "through": (
-        ("BLOCK_T", "BLOCK_I", "BLOCK_O", "STAGES_O", "num_warps", "num_stages"),
-        (
-            (128, 64, 128, 3, 8, 4), (64, 64, 64, 3, 4, 3), (64, 64, 64, 3, 4, 2), (64, 32, 64, 3, 4, 5),
-        ),
-    ),
-    "inward": (("BLOCK_T", "BLOCK_I", "num_warps", "num_stages"), ((128, 64, 8, 4), (64, 64, 4, 3), (64, 64, 4, 2))),
-    "outward": (
-        ("BLOCK_T", "BLOCK_O", "BLOCK_R", "num_warps", "num_stages"),
-        ((128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (64, 256, 64, 4, 2)),
-    ),
-    "weights": (
-        ("BLOCK_T", "BLOCK_O", "num_warps", "num_stages"),
-        ((64, 128, 8, 3), (64, 128, 8, 4), (128, 128, 8, 2)),
-    ),
-}  # fmt: skip
-"""Blocks by kernel (`kindiff.components.operators`)."""
+TILES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "through": ((128, 64, 128, 3, 8, 4), (64, 64, 64, 3, 4, 3), (64, 64, 64, 3, 4, 2), (64, 32, 64, 3, 4, 5)),
+    "inward": ((128, 64, 8, 4), (64, 64, 4, 3), (64, 64, 4, 2)),
+    "outward": ((128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (64, 256, 64, 4, 2)),
+    "weights": ((64, 128, 8, 3), (64, 128, 8, 4), (128, 128, 8, 2)),
+}
+"""Blocks by kernel, their numbers in the order of `kindiff.components.operators.TILES`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,11 +185,10 @@ def tiles(args: Args) -> list[dict[str, Any]]:
                 if made is None:
                     continue
                 library, ours = made
-                names, blocks = TILES[name]
                 rule = operators.through_tile(width // 4, inputs, out) if name == "through" else name
                 variants = {"library, learngenes alone": library} | {
-                    str(block): with_tile(rule, dict(zip(names, block, strict=True)), ours)
-                    for block in blocks
+                    str(block): with_tile(rule, dict(zip(operators.TILES[rule], block, strict=True)), ours)
+                    for block in TILES[name]
                 }
                 found = medians(variants, args.rounds)
                 row = {"width": width, "kernel": name, "in": inputs, "out": out, "layers": layers}

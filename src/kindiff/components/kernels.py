@@ -186,9 +186,8 @@ def outward(
         total = tl.dot(h_tile, u_tile, total)
     total = tl.dot(h_own, u_own, total)
     if BIAS:
-        total += tl.load(bias + first * FEATURES + feature, mask=is_feature, other=0.0).to(tl.float32)[
-            None, :
-        ]
+        bias_tile = tl.load(bias + first * FEATURES + feature, mask=is_feature, other=0.0)
+        total += bias_tile.to(tl.float32)[None, :]
     y_at = y + (to * samples + sample) * tokens * FEATURES + token[:, None] * FEATURES + feature[None, :]
     tl.store(y_at, total.to(y.dtype.element_ty), mask=is_token[:, None] & is_feature[None, :])
 

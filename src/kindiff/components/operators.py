@@ -21,15 +21,14 @@ WHOLE = 256
 """Learngene ranks up to this pass through both factors at once: so many of a row's columns stay on the chip."""
 TRITON = importlib.util.find_spec("triton") is not None
 """Torch brings it along wherever it can run on a GPU."""
-_T, _I, _O, _R, _AHEAD = "BLOCK_T", "BLOCK_I", "BLOCK_O", "BLOCK_R", "STAGES_O"
 TILES = {
-    "through": {_T: 64, _I: 64, _O: 64, _AHEAD: 3, "num_warps": 4, "num_stages": 3},
-    "through, wide": {_T: 64, _I: 64, _O: 64, _AHEAD: 3, "num_warps": 4, "num_stages": 2},
-    "through, long": {_T: 128, _I: 64, _O: 128, _AHEAD: 3, "num_warps": 8, "num_stages": 4},
-    "inward": {_T: 128, _I: 64, "num_warps": 8, "num_stages": 4},
-    "outward": {_T: 128, _O: 256, _R: 64, "num_warps": 8, "num_stages": 3},
-    "weights": {_T: 64, _O: 128, "num_warps": 8, "num_stages": 4},
-}
+    "through": {"BLOCK_T": 64, "BLOCK_I": 64, "BLOCK_O": 64, "STAGES_O": 3, "num_warps": 4, "num_stages": 3},
+    "through, wide": {"BLOCK_T": 64, "BLOCK_I": 64, "BLOCK_O": 64, "STAGES_O": 3, "num_warps": 4, "num_stages": 2},
+    "through, long": {"BLOCK_T": 128, "BLOCK_I": 64, "BLOCK_O": 128, "STAGES_O": 3, "num_warps": 8, "num_stages": 4},
+    "inward": {"BLOCK_T": 128, "BLOCK_I": 64, "num_warps": 8, "num_stages": 4},
+    "outward": {"BLOCK_T": 128, "BLOCK_O": 256, "BLOCK_R": 64, "num_warps": 8, "num_stages": 3},
+    "weights": {"BLOCK_T": 64, "BLOCK_O": 128, "num_warps": 8, "num_stages": 4},
+}  # fmt: skip
 """Rows, columns and inner numbers of a block, warps, and blocks on their way at once; chosen on an H200 (`python
 benchmarks/fused.py tiles`)."""
 NARROW = 192
@@ -57,15 +56,8 @@ def through_tile(rank: int, width: int, features: int) -> str:
 
 @_op("kindiff::through", mutates_args=())
 def through(
-    x: Tensor,
-    v: Tensor,
-    v_own: Tensor,
-    u: Tensor,
-    u_own: Tensor,
-    bias: Tensor | None,
-    layers: int,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, v: Tensor, v_own: Tensor, u: Tensor, u_own: Tensor, bias: Tensor | None, layers: int, keep: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y (L, B, T, O) of x (B, T, I), v (L R, I), v_own (B, L M, I), u (L R, O), u_own (B, L M, O), bias (L, O); and h.
 
     keep: whether h is wanted; else it may be empty.
@@ -73,7 +65,7 @@ def through(
     samples, tokens, width = x.shape
     rank, mine, features = len(v) // layers, v_own.shape[1] // layers, u.shape[1]
     few = columns_of(mine)
-    y, h = _through_out(x, v, v_own, u, layers, keep)
+    y, h = _through_out(x, v, v_own, u, u_own, bias, layers, keep)
     if rank > WHOLE:
         _launch_inward(x, v, v_own, h, 0, layers, layers)
         for i in range(layers):
@@ -94,22 +86,9 @@ def through(
 
 
 @through.register_fake
-def _(
-    x: Tensor,
-    v: Tensor,
-    v_own: Tensor,
-    u: Tensor,
-    u_own: Tensor,
-    bias: Tensor | None,
-    layers: int,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    return _through_out(x, v, v_own, u, layers, keep)
-
-
 def _through_out(
-    x: Tensor, v: Tensor, v_own: Tensor, u: Tensor, layers: int, keep: bool
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, v: Tensor, v_own: Tensor, u: Tensor, u_own: Tensor, bias: Tensor | None, layers: int, keep: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     samples, tokens, _ = x.shape
     kept = samples * tokens if keep or len(v) // layers > WHOLE else 0
     h = x.new_empty(kept, len(v) + layers * columns_of(v_own.shape[1] // layers))
@@ -126,10 +105,6 @@ def inward(xs: Sequence[Tensor], v: Tensor, own: Tensor) -> Tensor:
 
 
 @inward.register_fake
-def _(xs: Sequence[Tensor], v: Tensor, own: Tensor) -> Tensor:
-    return _inward_out(xs, v, own)
-
-
 def _inward_out(xs: Sequence[Tensor], v: Tensor, own: Tensor) -> Tensor:
     samples, tokens, _ = xs[0].shape
     return v.new_empty(samples * tokens, len(v) + len(xs) * columns_of(own.shape[1] // len(xs)))
@@ -144,10 +119,6 @@ def outward(h: Tensor, u: Tensor, own: Tensor, layers: int) -> Tensor:
 
 
 @outward.register_fake
-def _(h: Tensor, u: Tensor, own: Tensor, layers: int) -> Tensor:
-    return _outward_out(h, u, own, layers)
-
-
 def _outward_out(h: Tensor, u: Tensor, own: Tensor, layers: int) -> Tensor:
     return h.new_empty(len(own), len(h) // len(own), u.shape[1])
 
@@ -172,10 +143,6 @@ def weights(h: Tensor, z: Tensor, rank: int, layers: int, first: int, count: int
 
 
 @weights.register_fake
-def _(h: Tensor, z: Tensor, rank: int, layers: int, first: int, count: int) -> tuple[Tensor, Tensor]:
-    return _weights_out(h, z, rank, layers, first, count)
-
-
 def _weights_out(
     h: Tensor, z: Tensor, rank: int, layers: int, first: int, count: int
 ) -> tuple[Tensor, Tensor]:
@@ -189,7 +156,7 @@ def _weights_out(
 
 
 def _weights_tiles(rank: int, features: int, count: int) -> int:
-    return count * _parts(rank, sum(_rows(rank))) * _parts(features, TILES["weights"][_O])
+    return count * _parts(rank, sum(_rows(rank))) * _parts(features, TILES["weights"]["BLOCK_O"])
 
 
 def _launch_inward(x: Tensor, v: Tensor, own: Tensor, h: Tensor, first: int, count: int, layers: int) -> None:

@@ -49,7 +49,8 @@ def products(layers: Sequence[ComponentLinear], x_BTI: Tensor, gating: Gating | 
     us, v, biases = _common(layers, gating, dtype)
     own, v_own = _own(layers, gating if how == "fused" else _first(gating), dtype)
     if how == "fused":
-        bias = None if biases[0] is None else torch.stack(biases)  # type: ignore[arg-type]
+        rows = [bias.unsqueeze(0) for bias in biases if bias is not None]  # all layers have one, or none
+        bias = _stack(rows) if rows else None
         return list(FusedProducts.apply(x_BTI, v, v_own, _stack(us), bias, _stack(own, dim=1), len(layers)))
     return list(_Products.apply(x_BTI, v, None, v_own, *us, *biases, *own))
 

@@ -89,17 +89,8 @@ class RowAdam:
         self.steps_S[rows_n] += 1
         rate = lr if isinstance(lr, Tensor) else torch.full((), lr, device=rows_n.device)
         adam_rows_(
-            gradient_nP,
-            self.mean_SP,
-            self.square_SP,
-            self.steps_S,
-            rows_n,
-            first_n,
-            self._places[1],
-            rate,
-            BETAS,
-            EPS,
-        )
+            gradient_nP, self.mean_SP, self.square_SP, self.steps_S, rows_n, first_n, self._places[1], rate, BETAS, EPS
+        )  # fmt: skip
 
     def _change(self, gradient_nP: Tensor, rows_n: Tensor, first_n: Tensor, lr: float | Tensor) -> Tensor:
         """What is to be taken from the named rows, (n, P); their moments and counts move on."""
