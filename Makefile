@@ -19,7 +19,7 @@ bench: install  ## component matrices against dense ones; needs a quiet machine
 	for part in blocks products classes sweep; do $(BIN)/python benchmarks/speed.py $$part || exit 1; done
 	for part in steps sampling; do $(BIN)/python benchmarks/models.py $$part || exit 1; done
 	$(BIN)/python benchmarks/strategies.py
-	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/operations.py
 	$(BIN)/python benchmarks/parts_on_disk.py
 
 bench-gpu: install  ## the same on a GPU, and training throughput of DiT-B/2 and L/2, bf16, compiled

@@ -19,6 +19,7 @@ from kindiff import checkpoint
 from kindiff.classes import ClassSet, numbered
 from kindiff.config import MATRICES, DiTConfig, from_dict, to_dict
 from kindiff.errors import BadFileError, UsageError
+from kindiff.models.activation import gelu
 from kindiff.models.layers import Gating, Linear, attend, modulate, position_table, project, timestep_features
 
 FREQUENCIES = 256  # features of the timestep before its MLP, as published
@@ -204,7 +205,7 @@ class Block(nn.Module):
         h_BTD = modulate(self.norm_attention(x_BTD), shift_a, scale_a)
         x_BTD = torch.addcmul(x_BTD, gate_a.unsqueeze(1), self.attention(h_BTD, gating))
         h_BTD = modulate(self.norm_mlp(x_BTD), shift_m, scale_m)
-        hidden = F.gelu(self.mlp_in(h_BTD, gating), approximate="tanh")
+        hidden = gelu(self.mlp_in(h_BTD, gating))
         return torch.addcmul(x_BTD, gate_m.unsqueeze(1), self.mlp_out(hidden, gating))
 
     def attention(self, x_BTD: Tensor, gating: Gating | None) -> Tensor:

@@ -70,7 +70,7 @@ def attend(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor) -> Tensor:
     """Attention of each head H over the tokens, E its width: (B, H, T, E).
 
     torch's fused kernel, except in bf16 on a CPU, where three plain operations are faster at these lengths: in
-    training, and everywhere without matrix units (benchmarks/attention.py).
+    training, and everywhere without matrix units (benchmarks/operations.py).
     """
     cpu_bf16 = q_BHTE.device.type == "cpu" and q_BHTE.dtype == torch.bfloat16
     if cpu_bf16 and (q_BHTE.requires_grad or not MATRIX_UNITS):
