@@ -163,7 +163,7 @@ def test_the_floor_is_the_distance_of_two_disjoint_sets_of_the_same_n(tmp_path: 
     assert large is not None
     assert small.value > large.value > 0  # fewer images, more bias
     assert (small.count, small.note) == (50, "two disjoint sets of 50 real images")
-    assert references.real_floor(built, "pool", 50) == small
+    assert references.real_floor(references.build(images, NETWORK, tmp_path), "pool", 50) == small
     more = references.real_floor(built, "pool", 300)
     assert more is not None
     assert more.count == 200

@@ -116,9 +116,10 @@ def make_ready_(net: nn.Module, device: str) -> None:
     net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def pieces(x_BCHW: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """A batch as what its device does fastest: whole, on a CPU PIECE images at a time; channels last."""
-    whole = x_BCHW.contiguous(memory_format=torch.channels_last)
+def pieces(images_BHWC: np.ndarray, device: str) -> tuple[torch.Tensor, ...]:
+    """uint8 (B, H, W, C) as float32 (b, C, H, W), channels last, values 0 .. 255, b as its device does it fastest:
+    all at once, on a CPU PIECE at a time, from the resize on."""
+    whole = to_tensor(images_BHWC).to(device)
     return whole.split(PIECE) if whole.device.type == "cpu" else (whole,)
 
 

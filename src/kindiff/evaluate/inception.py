@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kindiff.checkpoint import sha256 as file_sha256
-from kindiff.evaluate.features import make_ready_, pieces, resize_tf1, to_tensor
+from kindiff.evaluate.features import make_ready_, pieces, resize_tf1
 from kindiff.evaluate.weights import checked, download, load_into, load_state
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
@@ -227,8 +227,9 @@ class InceptionFeatures:
 
     @torch.inference_mode()
     def __call__(self, images_BHWC: np.ndarray) -> dict[str, np.ndarray]:
-        x = (resize_tf1(to_tensor(images_BHWC).to(self.device), SIDE) - 128.0) / 128.0
-        pool, spatial = (torch.cat(parts) for parts in zip(*map(self.net, pieces(x)), strict=True))
+        inputs = (resize_tf1(piece, SIDE) for piece in pieces(images_BHWC, self.device))
+        outputs = [self.net((x - 128.0) / 128.0) for x in inputs]
+        pool, spatial = (torch.cat(parts) for parts in zip(*outputs, strict=True))
         logits = pool @ self.net.fc.weight.T
         return {key: value.cpu().numpy() for key, value in zip(OUTPUTS, (pool, spatial, logits), strict=True)}
 

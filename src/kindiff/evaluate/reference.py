@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from kindiff.evaluate.features import Features
 from kindiff.evaluate.images import Images
 from kindiff.evaluate.metrics import frechet_distance
 from kindiff.evaluate.moments import Moments, moments
+from kindiff.evaluate.probe import Probe, fit_probe
 from kindiff.evaluate.store import FeatureSet, Progress, compute, digest, identity, no_progress
 from kindiff.randomness import Purpose, stream
 
@@ -27,6 +29,8 @@ KEPT = 20_000
 """Images whose features are kept for precision, recall, KID, the probe and the real/real floor."""
 GAUSSIAN_OUTPUTS = ("pool", "spatial")
 """Outputs that a Fréchet distance is computed on."""
+PROBE_IMAGES = 100
+"""The probe trains on at most this many reference images a class, and is checked on as many others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +83,25 @@ class Reference:
     def classes(self) -> ClassSet | None:
         return ClassSet(self.info.classes) if self.info.classes else None
 
+    @cached_property
+    def probe(self) -> tuple[Probe | None, float | None]:
+        """The probe trained on every other kept image of each class, and its accuracy on the others."""
+        if self.labels is None or self.classes is None or len(self.classes) < 2:
+            return None, None
+        pool_KD, classes = self.kept["pool"], len(self.classes)
+        of_class = [np.flatnonzero(self.labels == i) for i in range(classes)]
+        if min(len(rows) for rows in of_class) < 2:
+            return None, None
+        train = np.concatenate([rows[0::2][:PROBE_IMAGES] for rows in of_class])
+        held = np.concatenate([rows[1::2][:PROBE_IMAGES] for rows in of_class])
+        probe = fit_probe(pool_KD[train], self.labels[train], classes=classes)
+        return probe, probe.accuracy(pool_KD[held], self.labels[held])
+
+    @cached_property
+    def floors(self) -> dict[tuple[str, int], Floor | None]:
+        """What `real_floor` has found so far, by output and count."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Floor:
@@ -98,7 +121,12 @@ def real_floor(reference: Reference, output: str, count: int) -> Floor | None:
     When fewer than 2 x count are kept, the sets are their halves and the note says so: a floor of fewer
     images is higher. None when fewer than 4 images are kept.
     """
-    kept = reference.kept[output]
+    if (output, count) not in reference.floors:
+        reference.floors[output, count] = _floor(reference.kept[output], count)
+    return reference.floors[output, count]
+
+
+def _floor(kept: np.ndarray, count: int) -> Floor | None:
     half = min(count, len(kept) // 2)
     if half < 2:
         return None

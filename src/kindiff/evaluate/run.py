@@ -21,7 +21,7 @@ from kindiff.evaluate.metrics import (
     kernel_distance,
     precision_recall,
 )
-from kindiff.evaluate.probe import Probe, fit_probe
+from kindiff.evaluate.probe import Probe
 from kindiff.evaluate.protocol import ClassScore, Protocol, Score
 from kindiff.evaluate.reference import Reference, check_features, evenly, real_floor
 from kindiff.evaluate.store import FeatureSet, Progress, compute, no_progress
@@ -29,8 +29,6 @@ from kindiff.randomness import Purpose, stream
 
 KID_IMAGES = 5000
 """KID uses at most this many images of each set, evenly spaced."""
-PROBE_IMAGES = 100
-"""The probe trains on at most this many reference images a class, and is checked on as many others."""
 FEW = 3
 """A class with fewer samples has no score of its own."""
 
@@ -93,7 +91,7 @@ def evaluate(
         kid = kernel_distance(
             pool_ND[evenly(len(pool_ND), KID_IMAGES)], kept_KD[evenly(len(kept_KD), KID_IMAGES)]
         )
-    probe, real_accuracy = _probe(reference)
+    probe, real_accuracy = reference.probe
     return Score(
         protocol=protocol_of(samples, reference, features, sampler),
         distance_name=features.distance_name,
@@ -200,20 +198,6 @@ def _precision_recall(kept_KD: np.ndarray, pool_ND: np.ndarray) -> tuple[float |
     if len(kept_KD) <= NEIGHBOURS:
         return None, None
     return precision_recall(kept_KD, pool_ND)
-
-
-def _probe(reference: Reference) -> tuple[Probe | None, float | None]:
-    """The probe trained on every other kept image of each class, and its accuracy on the others."""
-    if reference.labels is None or reference.classes is None or len(reference.classes) < 2:
-        return None, None
-    pool_KD, labels_K, classes = reference.kept["pool"], reference.labels, len(reference.classes)
-    of_class = [np.flatnonzero(labels_K == i) for i in range(classes)]
-    if min(len(rows) for rows in of_class) < 2:
-        return None, None
-    train = np.concatenate([rows[0::2][:PROBE_IMAGES] for rows in of_class])
-    held = np.concatenate([rows[1::2][:PROBE_IMAGES] for rows in of_class])
-    probe = fit_probe(pool_KD[train], labels_K[train], classes=classes)
-    return probe, probe.accuracy(pool_KD[held], labels_K[held])
 
 
 def _per_class(

@@ -8,7 +8,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,8 @@ class Bench:
     """Working folder: runs and models, shared by studies that share bases."""
     features: Features
     device: str
+    known: dict[DataConfig, references.Reference] = field(default_factory=dict)
+    """References that this process has scored against: their floors and probes are made once."""
 
     @property
     def locks(self) -> Path:
@@ -193,6 +195,11 @@ class Bench:
 
     def reference(self, data: DataConfig) -> references.Reference:
         """Statistics of real images, made once and kept in the cache."""
+        if data not in self.known:
+            self.known[data] = self._reference(data)
+        return self.known[data]
+
+    def _reference(self, data: DataConfig) -> references.Reference:
         images = from_set(open_images(data), data.source)
         with (self.locks / "references").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
