@@ -47,12 +47,13 @@ def products(layers: Sequence[ComponentLinear], x_BTI: Tensor, gating: Gating | 
     if how == "joined":
         return list(_Products.apply(x_BTI, *_joined(layers, gating, dtype)))
     us, v, biases = _common(layers, gating, dtype)
-    own, v_own = _own(layers, gating if how == "fused" else _first(gating), dtype)
     if how == "fused":
+        own, v_own = _own(layers, gating, dtype)
         rows = [bias.unsqueeze(0) for bias in biases if bias is not None]  # all layers have one, or none
         bias = _stack(rows) if rows else None
         return list(FusedProducts.apply(x_BTI, v, v_own, _stack(us), bias, _stack(own, dim=1), len(layers)))
-    return list(_Products.apply(x_BTI, v, None, v_own, *us, *biases, *own))
+    own, v_own = _own(layers, _first(gating), dtype, biases)
+    return list(_Products.apply(x_BTI, v, None, v_own, *us, *(None for _ in us), *own))
 
 
 def _common(
@@ -69,13 +70,21 @@ def _common(
 
 
 def _own(
-    layers: Sequence[ComponentLinear], gating: Gating, dtype: torch.dtype
+    layers: Sequence[ComponentLinear],
+    gating: Gating,
+    dtype: torch.dtype,
+    biases: Sequence[Tensor | None] = (),
 ) -> tuple[list[Tensor], Tensor]:
-    """Of each sample's own tailors: each layer's u (B, M, O), scaled by sigma and the gate, and v (B, M, I) of all."""
+    """Of each sample's own tailors: each layer's u (B, M, O), scaled by sigma and the gate, and v (B, M, I) of all.
+    Where there are biases, each stands below its layer's u: (B, M + 1, O)."""
 
     def make() -> tuple[list[Tensor], Tensor]:
         gathered = [_gather(layer, gating, dtype) for layer in layers]
-        return [u for u, _ in gathered], _stack([v for _, v in gathered], dim=1)
+        us = [u for u, _ in gathered]
+        for i, bias in enumerate(biases):
+            if bias is not None:
+                us[i] = torch.cat([us[i], bias.expand(len(us[i]), 1, -1)], dim=1)
+        return us, _stack([v for _, v in gathered], dim=1)
 
     numbers = layers[0].tailor_u[0].numel() + layers[0].tailor_v[0].numel()
     few = gating.slots_BK.numel() * numbers <= KEPT
@@ -171,10 +180,13 @@ def _stack(tensors: list[Tensor], dim: int = 0) -> Tensor:
 class _Products(torch.autograd.Function):
     """y_i = h_i U_i + b_i with h = x V^T, and (x v^T) u_i on top where there are v and u_i of tailors' own.
 
-    Those are each sample's (B, M, I) and (B, M, O) (or of the first samples, where the others have none), or a bank's
-    (J, I) and (J, O) with a mask: a sample's columns of the products with V are multiplied by its mask, so that the
-    others' tailors give nothing. A mask without v is for a bank that stands in the last J rows of each U_i and of each
-    layer's part of V. Only the gradients that are asked for are computed.
+    Those are each sample's (B, M, I) and (B, M, O), or a bank's (J, I) and (J, O) with a mask: a sample's columns of
+    the products with V are multiplied by its mask, so that the others' tailors give nothing. A mask without v is for a
+    bank that stands in the last J rows of each U_i and of each layer's part of V.
+
+    Each sample's own may be the first samples' alone: the others have none. They are written first and the learngenes
+    added to them, and the bias may be a last row of u_i (B, M + 1, O), against a column of ones: so neither it nor its
+    gradient passes over a whole y once more. Only the gradients that are asked for are computed.
     """
 
     @staticmethod
@@ -187,81 +199,96 @@ class _Products(torch.autograd.Function):
         x = _rows(x_BTI)
         h = x @ v.T
         parts = h.split([len(u) for u in us], dim=1)
-        if mask_B1J is not None and v_own is None:
-            _mask_(parts, mask_B1J)
-        ys = [
-            part @ u if bias is None else torch.addmm(bias, part, u)
-            for bias, part, u in zip(biases, parts, us, strict=True)
-        ]
-        h_own = None
+        h_own: list[Tensor] = []
         if v_own is not None:
-            h_own = (x_BTI[: len(v_own)] if v_own.ndim == 3 else x) @ v_own.mT
-            parts = h_own.split([u.shape[-2] for u in own], dim=-1)
-            if mask_B1J is not None:
-                _mask_(parts, mask_B1J)
-            for y, part, u in zip(ys, parts, own, strict=True):
-                _add_product_(y, part, u)
+            h_own = _inward_of_own(x_BTI, v_own, mask_B1J, own)
+        elif mask_B1J is not None:
+            _mask_(parts, mask_B1J)
+        ys = []
+        for i, (part, u, bias) in enumerate(zip(parts, us, biases, strict=True)):
+            if v_own is not None and v_own.ndim == 3:
+                biased = own[i].shape[1] > v_own.shape[1] // count
+                y = _of_each(h_own[i], own[i], batch, own[i][0, -1] if biased else 0.0).addmm_(part, u)
+            else:
+                y = part @ u if bias is None else torch.addmm(bias, part, u)
+                y = y.addmm_(h_own[i], own[i]) if h_own else y
+            ys.append(y.view(batch, tokens, -1))
         ctx.count, ctx.batch = count, batch
         needs = ctx.needs_input_grad
         ctx.save_for_backward(
-            x if needs[1] or needs[3] else None, h if any(needs[4 : 4 + count]) else None, v, mask_B1J, v_own, h_own,
-            *us, *own,
+            x if needs[1] or needs[3] else None, h if any(needs[4 : 4 + count]) else None, v, mask_B1J, v_own,
+            *us, *own, *h_own,
         )  # fmt: skip
-        return tuple(y.view(batch, tokens, -1) for y in ys)
+        return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *dys_BTO: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, v, mask_B1J, v_own, h_own, *factors = ctx.saved_tensors
-        count, needs = ctx.count, ctx.needs_input_grad
-        us, own = factors[:count], factors[count:]
+        x, h, v, mask_B1J, v_own, *factors = ctx.saved_tensors
+        count, batch, needs = ctx.count, ctx.batch, ctx.needs_input_grad
+        us, own, h_own = factors[:count], factors[count : 2 * count], factors[2 * count :]
         dys = [_rows(dy) for dy in dys_BTO]
-        dx = dv = dv_own = None
+        dx = dv = dv_own = dh_own = None
+        du_own: list[Tensor | None] = []
+        if v_own is not None:
+            each, rows = v_own.ndim == 3, v_own.shape[-2] // count
+            own_dys = [dy[: len(v_own)] for dy in dys_BTO] if each else dys
+            parts = [dy @ u[..., :rows, :].mT for dy, u in zip(own_dys, own, strict=True)]
+            if mask_B1J is not None:
+                _mask_(parts, mask_B1J)
+            dh_own = _stack(parts, dim=-1)
+            dx = _of_each(dh_own, v_own, batch) if needs[0] and each else None
+            if needs[3]:
+                dv_own = dh_own.mT @ (x.view(batch, -1, x.shape[1])[: len(v_own)] if each else x)
+            for need, part, dy, other in zip(needs[4 + 2 * count :], h_own, own_dys, dys_BTO, strict=True):
+                du = part.mT @ dy if need else None
+                if du is not None and each and len(dy) < batch:  # the bias of the others
+                    du[0, rows:] += other[len(dy) :].sum(dim=(0, 1))
+                du_own.append(du)
         if needs[0] or needs[1]:
             parts = [dy @ u.T for dy, u in zip(dys, us, strict=True)]
             if mask_B1J is not None and v_own is None:
                 _mask_(parts, mask_B1J)
             dh = _stack(parts, dim=1)
-            dx = dh @ v if needs[0] else None
             dv = dh.T @ x if needs[1] else None
-        need_u, need_b, need_own = (
-            needs[4 : 4 + count],
-            needs[4 + count : 4 + 2 * count],
-            needs[4 + 2 * count :],
-        )
+            if dx is not None:
+                dx.addmm_(dh, v)
+            elif needs[0]:
+                dx = dh @ v if dh_own is None else (dh @ v).addmm_(dh_own, v_own)
         pieces = h.split([len(u) for u in us], dim=1) if h is not None else [None] * count
+        need_u, need_b = needs[4 : 4 + count], needs[4 + count : 4 + 2 * count]
         du = [part.T @ dy if need else None for need, part, dy in zip(need_u, pieces, dys, strict=True)]
         db = [dy.sum(dim=0) if need else None for need, dy in zip(need_b, dys, strict=True)]
-        du_own: list[Tensor | None] = []
-        if v_own is not None:
-            own_dys = [dy[: len(v_own)] for dy in dys_BTO] if v_own.ndim == 3 else dys
-            parts = [dy @ u.mT for dy, u in zip(own_dys, own, strict=True)]
-            if mask_B1J is not None:
-                _mask_(parts, mask_B1J)
-            dh_own = _stack(parts, dim=-1)
-            if dx is not None:
-                _add_product_(dx, dh_own, v_own)
-            if needs[3]:
-                x_own = x.view(ctx.batch, -1, x.shape[1])[: len(v_own)] if v_own.ndim == 3 else x
-                dv_own = dh_own.mT @ x_own
-            pieces = h_own.split([u.shape[-2] for u in own], dim=-1)
-            du_own = [
-                part.mT @ dy if need else None
-                for need, part, dy in zip(need_own, pieces, own_dys, strict=True)
-            ]
-        dx_BTI = None if dx is None else dx.view(ctx.batch, -1, dx.shape[1])
+        dx_BTI = None if dx is None else dx.view(batch, -1, dx.shape[1])
         return dx_BTI, dv, None, dv_own, *du, *db, *du_own
+
+
+def _inward_of_own(
+    x_BTI: Tensor, v_own: Tensor, mask_B1J: Tensor | None, own: Sequence[Tensor]
+) -> list[Tensor]:
+    """x v^T of each layer: (B T, J), masked; or of each sample's own (B, T, M), a column of ones beside them where the
+    layer's u has a row more."""
+    h_own = (_rows(x_BTI) if v_own.ndim == 2 else x_BTI[: len(v_own)]) @ v_own.mT
+    parts = h_own.split(h_own.shape[-1] // len(own), dim=-1)
+    if mask_B1J is not None:
+        _mask_(parts, mask_B1J)
+    return [
+        F.pad(part, (0, u.shape[-2] - part.shape[-1]), value=1.0) for part, u in zip(parts, own, strict=True)
+    ]
+
+
+def _of_each(a_BTM: Tensor, b_BMO: Tensor, batch: int, others: Tensor | float = 0.0) -> Tensor:
+    """(batch T, O): a b of each of the first samples, in the rows of the others what they have instead."""
+    samples, tokens, _ = a_BTM.shape
+    if samples == batch:
+        return torch.bmm(a_BTM, b_BMO).flatten(0, 1)
+    y_BTO = a_BTM.new_empty(batch, tokens, b_BMO.shape[2])
+    torch.bmm(a_BTM, b_BMO, out=y_BTO[:samples])
+    y_BTO[samples:] = others
+    return y_BTO.flatten(0, 1)
 
 
 def _rows(x_BTI: Tensor) -> Tensor:
     return x_BTI.reshape(-1, x_BTI.shape[2])
-
-
-def _add_product_(y: Tensor, a: Tensor, b: Tensor) -> None:
-    """y (rows, O) += a b in place; of three dimensions, a and b have a matrix for each of the first samples."""
-    if a.ndim == 3:
-        y[: a.shape[0] * a.shape[1]].view(len(a), -1, y.shape[1]).baddbmm_(a, b)
-    else:
-        y.addmm_(a, b)
 
 
 def _mask_(parts: Sequence[Tensor], mask_B1J: Tensor) -> None:

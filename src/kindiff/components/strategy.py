@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Choice = Literal["auto", "gathered", "fused", "joined"]
 
-JOINED_COLUMNS = {("cpu", torch.float32): 40, ("cpu", torch.bfloat16): 112}
+JOINED_COLUMNS = {("cpu", torch.float32): 24, ("cpu", torch.bfloat16): 112}
 """Components of a bank (S N, for each slot that a sample has) up to which `joined` is faster than `gathered`: a narrow
 product costs as much whatever its few columns are. Measured: `python benchmarks/strategies.py`."""
 UNMEASURED_COLUMNS = 16

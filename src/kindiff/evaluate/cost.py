@@ -9,6 +9,7 @@ B batch, T tokens, D width, R learngene rank, M active tailor components, I/O fe
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from kindiff.components import ComponentLinear
 from kindiff.components.build import Structure
 from kindiff.config import MATRICES, DiTConfig, from_dict
 from kindiff.models.dit import FREQUENCIES, DiT
@@ -88,10 +90,13 @@ def closed_macs(config: DiTConfig, structure: Structure | None = None) -> dict[s
 def counted_macs(model: DiT) -> int:
     """MACs of one image as torch's own FLOP counter sees the real forward, on the meta device.
 
-    Attention runs as plain products there, so that the counter sees it; the in-place product that adds tailors
-    is counted like the one that is not.
+    Attention runs as plain products there, so that the counter sees it; products that are added in place are
+    counted like those that are not. Component matrices lose their bias, which takes part in a product there.
     """
     twin = copy.deepcopy(model).to("meta")
+    for module in twin.modules():
+        if isinstance(module, ComponentLinear):
+            module.register_parameter("bias", None)
     config = model.config
     x = torch.empty(1, config.channels, config.input_size, config.input_size, device="meta")
     ids = torch.zeros(1, dtype=torch.int64, device="meta")
@@ -102,11 +107,16 @@ def counted_macs(model: DiT) -> int:
 
 def _counter() -> FlopCounterMode:
     def in_place(
-        y: Sequence[int], a: Sequence[int], b: Sequence[int], out_shape: Sequence[int] | None = None
+        y: Sequence[int],
+        a: Sequence[int],
+        b: Sequence[int],
+        out_shape: Sequence[int] | None = None,
+        **_: object,
     ) -> int:
-        return 2 * a[0] * a[1] * a[2] * b[2]
+        return 2 * math.prod(a) * b[-1]
 
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: in_place})
+    products = (torch.ops.aten.baddbmm_, torch.ops.aten.addmm_)
+    return FlopCounterMode(display=False, custom_mapping=dict.fromkeys(products, in_place))
 
 
 def _structure(model: DiT) -> Structure | None:
