@@ -1,7 +1,7 @@
 """Which of several equal ways computes component matrices: the rule, its measured crossovers, and its reasons.
 
 factored  learngenes as two thin products; or dense, folded into one weight. Decided when a model is recombined.
-gathered  a sample's own tailors as narrow batched products, added to the learngenes' output.
+gathered  a sample's own tailors as narrow batched products, to which the learngenes' are added.
 fused     a sample's own tailors inside the learngenes' products, by kernels of our own: half precision on a GPU.
 joined    all tailors of the bank in the learngenes' products (beside them where those are frozen), each sample's
           columns masked: no narrow products and no copies for each sample, for S times the tailors' multiplications.
