@@ -29,6 +29,7 @@ from speed import RankMask, allowed, alternate, dtypes, model_pair, row, sampler
 from torch import Tensor, nn
 
 from kindiff import runtime
+from kindiff.allocator import keep_memory
 from kindiff.components import decompose
 from kindiff.components.build import Structure
 from kindiff.config import MATRICES, TrainConfig
@@ -354,6 +355,7 @@ def card_limits(device: torch.device) -> tuple[float, float]:
 
 
 def main(args: Args) -> None:
+    keep_memory()
     device = runtime.device_of(args.device)
     if args.part == "peak":
         peak(args, device)

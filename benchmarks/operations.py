@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kindiff.allocator import keep_memory
 from kindiff.models.activation import gelu
 from kindiff.train.memory import DTYPES
 
@@ -47,6 +48,7 @@ def seconds(
 
 
 def main() -> None:
+    keep_memory()
     dtypes = [DTYPES[name] for name in sys.argv[1:] or DTYPES]
     operations = (
         ("attention", HEADS, 3, F.scaled_dot_product_attention, plain_attention),

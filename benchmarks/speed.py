@@ -26,6 +26,7 @@ import tyro
 from torch import Tensor, nn
 
 from kindiff import runtime
+from kindiff.allocator import keep_memory
 from kindiff.checkpoint import write_json
 from kindiff.classes import numbered
 from kindiff.components import factorize
@@ -319,6 +320,7 @@ def sweep(args: Args, device: torch.device) -> list[dict[str, Any]]:
 
 
 def main(args: Args) -> None:
+    keep_memory()
     device = runtime.device_of(args.device)
     rows = {"blocks": blocks, "products": products, "classes": classes, "sweep": sweep}[args.part](
         args, device

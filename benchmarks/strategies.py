@@ -23,6 +23,7 @@ from speed import alternate, dtypes, ratios, save
 from torch import Tensor
 
 from kindiff import runtime
+from kindiff.allocator import keep_memory
 from kindiff.components import ComponentLinear
 from kindiff.models import Gating
 
@@ -159,6 +160,7 @@ def sampling(args: Args, dtype: torch.dtype, device: torch.device, rank: int | N
 
 
 def main(args: Args) -> None:
+    keep_memory()
     device = runtime.device_of(args.device)
     rows = []
     for dtype in dtypes(args.precision):

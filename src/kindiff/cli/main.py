@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from kindiff.allocator import keep_memory
 from kindiff.classes import nearest
 from kindiff.errors import UsageError
 from kindiff.parallel import leave, place
@@ -157,6 +158,7 @@ def _fail(sentence: str, code: int) -> int:
 
 def entry() -> None:
     """The console script."""
+    keep_memory()
     leave(main(sys.argv[1:]))
 
 

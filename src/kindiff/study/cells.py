@@ -108,7 +108,7 @@ class Bench:
             save_components(decompose(trained.model), folder / "parts")
 
     def train(self, cell: Cell) -> Record:
-        """Train a cell; score it on the validation images where its seed is the first, which chooses the rate."""
+        """Train a cell; score it on the validation images where there is a rate to choose, which the first seed does."""
         method, task = self.study.methods[cell.method], self.study.tasks[cell.task]
         base, folder = self.work / "bases" / method.base, self.work / self.study.name / cell.name
         train = runtime.settled(replace(task.train, lr=cell.lr, seed=cell.seed, device=self.device))
@@ -164,7 +164,8 @@ class Bench:
             },
             model=str((folder / "model").relative_to(self.work)),
         )
-        if failed or cell.seed != self.study.config.seeds[0]:
+        chooses = cell.seed == self.study.config.seeds[0] and len(self.study.rates(cell.task, cell.method)) > 1
+        if failed or not chooses:
             return record
         return replace(record, validation=Figures.of(self.score(record, "validation")))
 

@@ -20,9 +20,13 @@ class Work:
 
 
 def best_rate(records: Sequence[Record]) -> float | None:
-    """The learning rate with the lowest validation distance, of one task's and method's records of one seed."""
+    """The learning rate with the lowest validation distance, of one task's and method's records of one seed; where
+    there was nothing to choose, and so no validation, the only one."""
     scored = [r for r in records if r.validation is not None]
-    return min(scored, key=lambda r: r.validation.distance).lr if scored else None  # type: ignore[union-attr]
+    if scored:
+        return min(scored, key=lambda r: r.validation.distance).lr  # type: ignore[union-attr]
+    rates = {r.lr for r in records if not r.failed}
+    return rates.pop() if len(rates) == 1 else None
 
 
 def sweep_of(study: Study, known: dict[Cell, Record], task: str, method: str) -> list[Cell]:

@@ -109,12 +109,13 @@ def reached(own: Sequence[Row], goal: Row) -> Row | None:
 
 def sweep(records: Sequence[Record]) -> dict[tuple[str, str], dict[float, float]]:
     """For each task and method the validation distance at each rate (first seed); nan where training failed."""
+    tried = [r for r in records if r.validation or r.failed]
     return {
         pair: {
             r.lr: r.validation.distance if r.validation else math.nan
             for r in sorted(_swept_of(own), key=_rate)
         }
-        for pair, own in sorted(_by_pair(records).items())
+        for pair, own in sorted(_by_pair(tried).items())
     }
 
 
