@@ -81,7 +81,11 @@ def main(args: Args) -> None:
                 left, kept = (statistics.median(row[0] for row in rows) for rows in found.values())
                 print(f"{name}/2 {variant} {mode}: {left / kept:.2f}")
                 for keep, rows in found.items():
-                    print(f"    {keep:<6}", ", ".join(f"{ms:.0f} ms {n:.0f} faults" for ms, n in rows), flush=True)
+                    print(
+                        f"    {keep:<6}",
+                        ", ".join(f"{ms:.0f} ms {n:.0f} faults" for ms, n in rows),
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

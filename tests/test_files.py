@@ -306,6 +306,13 @@ def test_learngenes_swapped_for_others_are_refused(dense: DiT, parts_folder: Pat
         load_components(parts_folder)
 
 
+def test_a_run_is_not_its_model(model_folder: Path) -> None:
+    (model_folder.parent / "run.json").write_text("{}")
+    for read in (DiT.from_pretrained, load_components):
+        with pytest.raises(UsageError, match=rf"is a run; its model is {model_folder}\.$"):
+            read(model_folder.parent)
+
+
 def test_requests_that_the_directory_cannot_meet(
     parts_folder: Path, model_folder: Path, tmp_path: Path
 ) -> None:
@@ -399,6 +406,34 @@ def test_nothing_else_is_replaced(
         save_components(parts, model_folder)
     assert files_of(tmp_path) == before
     assert not list(tmp_path.glob(".*"))
+
+
+def test_of_foreign_files_only_what_diffusers_wrote_alike_is_replaced(tmp_path: Path) -> None:
+    def write(name: str, files: dict[str, str]) -> None:
+        with checkpoint.new_directory(tmp_path / name) as folder:
+            for path, text in files.items():
+                (folder / path).parent.mkdir(exist_ok=True)
+                (folder / path).write_text(text)
+
+    sorts = {
+        "thesis": {"thesis.tex": "precious"},
+        "bert": {"config.json": '{"model_type": "bert"}'},
+        "vae": {"config.json": '{"_class_name": "AutoencoderKL"}'},
+        "transformer": {"config.json": '{"_class_name": "DiTTransformer2DModel"}'},
+        "pipeline": {"model_index.json": '{"_class_name": "DiTPipeline"}'},
+        "pipelines": {"owl/model_index.json": '{"_class_name": "DiTPipeline"}'},
+    }
+    for name, files in sorts.items():
+        write(name, files)
+    before = files_of(tmp_path)
+    for target in sorts:
+        for sort, files in sorts.items():
+            if target != sort or target in ("thesis", "bert"):
+                with pytest.raises(UsageError, match="give another path or remove it"):
+                    write(target, files)
+    assert files_of(tmp_path) == before
+    for name in ("vae", "transformer", "pipeline", "pipelines"):
+        write(name, sorts[name] | {"new.txt": ""} if name != "pipelines" else sorts[name])
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.99])

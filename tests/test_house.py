@@ -42,7 +42,7 @@ ROOMS = (
     ("images",),
     ("checkpoint",),
     ("headers",),
-    ("progress", "runtime", "randomness"),
+    ("progress", "runtime", "randomness", "allocator"),
     ("parallel",),
     ("config",),
     ("classes",),

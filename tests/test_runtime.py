@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -48,3 +52,22 @@ def test_a_run_says_what_auto_was_and_does_not_go_on_in_the_other(processor, tmp
     with pytest.raises(UsageError, match=r"train\.precision was 'bf16', now 'fp32'"):
         pretrain(toy(shapes, steps=1), out)
     pretrain(toy(shapes, steps=1, precision="bf16"), out)  # the settings that it was begun with
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.parametrize("asked", ["", "MALLOC_TRIM_THRESHOLD_"])
+def test_freed_memory_stays_with_the_process_unless_the_environment_says_otherwise(asked):
+    code = """
+import torch
+from kindiff.allocator import keep_memory
+kept = keep_memory()
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+before = resident()
+x = torch.ones(2**26)
+del x
+print(kept, resident() - before > 200)
+"""
+    environment = os.environ | ({asked: "131072"} if asked else {})
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert found.stdout.split() == (["False", "False"] if asked else ["True", "True"]), found.stderr

@@ -29,7 +29,7 @@ _SAFETENSORS_NAMES = {  # in the order in which the library writes them
     torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
     torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-PICTURES = "pictures"
+PICTURES, UNKNOWN = "pictures", "unknown"
 
 
 @contextlib.contextmanager
@@ -76,7 +76,7 @@ def _exchange(target: Path, temporary: Path) -> None:
 def check_replaceable(target: Path, sort: str) -> None:
     """UsageError unless a directory of this sort (see sort_of) may be written to `target`: nothing else is lost."""
     if target.is_dir():
-        if not any(target.iterdir()) or sort_of(target) == sort:
+        if not any(target.iterdir()) or (sort != UNKNOWN and sort_of(target) == sort):
             return
         raise UsageError(f"{target} holds other files, which would be lost; give another path or remove it.")
     if target.exists():
@@ -86,15 +86,21 @@ def check_replaceable(target: Path, sort: str) -> None:
 
 
 def sort_of(folder: Path) -> str:
-    """What a directory of ours is, by its description: the same for two that may replace each other."""
-    for name in ("config.json", "manifest.json", "reference.json"):
+    """What a directory of ours, or of diffusers', is by its description: two of one sort may replace each other, but
+    for UNKNOWN ones."""
+    for name in ("model_index.json", "config.json", "manifest.json", "reference.json"):
         if (folder / name).is_file():
             try:
-                return f"{name} of kind {read_json(folder / name).get('kind')}"
+                description = read_json(folder / name)
             except BadFileError:
                 return f"damaged {name}"
+            kind = description.get("kind") or description.get("_class_name")
+            return f"{name} of kind {kind}" if kind or name == "reference.json" else UNKNOWN
+    inside = list(folder.iterdir())
+    if inside and all((path / "model_index.json").is_file() for path in inside):
+        return "pipelines"
     names = {path.name for path in folder.rglob("*") if not path.is_dir()}
-    return PICTURES if all(re.fullmatch(r"\d{6}\.png", name) for name in names) else "unknown"
+    return PICTURES if all(re.fullmatch(r"\d{6}\.png", name) for name in names) else UNKNOWN
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -133,9 +139,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_description(folder: Path, kind: str, *, wanted: str) -> dict[str, Any]:
     """The config.json of a directory of ours; `wanted` ends the sentence for one of another kind or format.
 
-    FileNotFoundError when there is none, BadFileError when it describes something else.
+    FileNotFoundError when there is none, BadFileError when it describes something else, UsageError for a run.
     """
     path = folder / "config.json"
+    if (folder / "run.json").is_file():
+        raise UsageError(f"{folder} is a run; its model is {folder / 'model'}.")
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no {kind} directory: it has no config.json.")
     description = read_json(path)

@@ -133,10 +133,15 @@ class DiTPipeline:
 Sampler = Callable[[Callable[[Tensor, Tensor], Tensor], Callable[[], Tensor]], Tensor]
 
 
+def sampler_of(model: DiT, config: SampleConfig) -> str:
+    """The name of the sampler that `auto` or the config means for a model."""
+    automatic = "heun" if model.config.objective == "flow" else "ddim"
+    return automatic if config.sampler == "auto" else config.sampler
+
+
 def _sampler(model: DiT, config: SampleConfig) -> Sampler:
     """The sampler as a function of (predict, new_noise)."""
-    flow = model.config.objective == "flow"
-    name = config.sampler if config.sampler != "auto" else ("heun" if flow else "ddim")
+    flow, name = model.config.objective == "flow", sampler_of(model, config)
     if flow != (name in ("euler", "heun")):
         fitting = "euler or heun" if flow else "ddim or ddpm"
         raise UsageError(f"sampler {name!r} does not fit a {model.config.objective} model; use {fitting}.")

@@ -20,7 +20,6 @@ class Purpose(IntEnum):
     SAMPLE = 2
     IMAGE = 3
     FOLD = 4
-    INIT = 5
     LATENT = 6
 
 

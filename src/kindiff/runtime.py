@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from dataclasses import replace
@@ -42,9 +43,7 @@ def device_of(name: str) -> torch.device:
     except RuntimeError:
         raise UsageError(f"device {name!r} is unknown; use auto, cpu or cuda.") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            f"device {name!r} is asked for but this torch sees no GPU; use --device cpu or auto."
-        )
+        raise UsageError(f"device {name!r} is asked for but this torch sees no GPU; use cpu or auto.")
     return device
 
 
@@ -81,6 +80,13 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     import torch
 
     return torch.autocast(device.type, torch.bfloat16, enabled=precision_on(device, precision) == "bf16")
+
+
+def exact_convolutions() -> contextlib.AbstractContextManager[None]:
+    """Around float32 convolutions that are to be float32 on a GPU too, whose cuDNN else rounds factors to TF32."""
+    import torch
+
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def versions() -> dict[str, str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from kindiff.cli.main import COMMANDS, main
@@ -84,6 +85,17 @@ def test_every_command_says_what_it_does_in_the_list() -> None:
     assert main([]) == 2
     files = {p.stem for p in Path(sys.modules["kindiff.cli.main"].__file__).parent.glob("*.py")}
     assert set(COMMANDS) == files - {"__init__", "main"}
+
+
+def test_a_full_device_is_one_sentence(monkeypatch, tmp_path: Path, capfd) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("kindiff.train.pretrain", full)
+    assert main(["pretrain", str(tmp_path / "run")]) == 1
+    err = capfd.readouterr().err
+    assert "the device's memory is full" in err
+    assert err.count("\n") == 1
 
 
 def test_version(capsys) -> None:

@@ -182,6 +182,8 @@ def test_new_tailors_start_from_the_learngenes_and_train_alone(kind_model: DiT, 
     torch.testing.assert_close(fresh(x, t, ids), fresh(x, t, ids, torch.full_like(ids, 2)))
     trained = {n for n, p in fresh.named_parameters() if p.requires_grad}
     assert trained == {n for n, _ in fresh.named_parameters() if ".tailor_" in n or n == "class_embed.weight"}
+    rows = fresh.class_embed.weight
+    assert torch.equal(rows[:2], kind_model.class_embed.weight[-1:].expand(2, -1))
     randomised_tailors = decompose(fresh)
     assert randomised_tailors.learngene_hash == parts.learngene_hash
     both = parts.extended(randomised_tailors)
@@ -189,7 +191,9 @@ def test_new_tailors_start_from_the_learngenes_and_train_alone(kind_model: DiT, 
     assert both.recombine(["owl", "ant"]).structure["tailor_rank"] == 4
 
 
-def test_a_tailor_in_some_matrices_stays_whole_among_tailors_in_all(kind_model: DiT, inputs) -> None:
+def test_a_tailor_in_some_matrices_stays_whole_among_tailors_in_all(
+    kind_model: DiT, inputs, tmp_path
+) -> None:
     parts = decompose(kind_model)
     new = parts.with_new_tailors(["owl"], rank=2, targets=("o",))
     for _, layer in new.named_matrices():
@@ -199,6 +203,9 @@ def test_a_tailor_in_some_matrices_stays_whole_among_tailors_in_all(kind_model: 
     ids = torch.zeros(7, dtype=torch.int64)
     x, t, _ = inputs
     torch.testing.assert_close(both.recombine(["owl"])(x, t, ids), new(x, t, ids), rtol=0, atol=1e-5)
+    save_components(both, tmp_path / "both")
+    for read in (load_components(tmp_path / "both"), load_components(tmp_path / "both", ["owl"])):
+        assert torch.equal(read.recombine(["owl"])(x, t, ids), both.recombine(["owl"])(x, t, ids))
 
 
 def test_nearest_start_copies_the_parent(kind_model: DiT, inputs) -> None:

@@ -216,6 +216,13 @@ def test_dtype_mode_and_state_are_kept(tower: Tower) -> None:
     half = factorize_modules(tower.bfloat16().eval(), targets=TARGETS, kind=KIND, classes=3)
     assert {p.dtype for p in half.inner.parameters()} == {torch.bfloat16}
     assert not half.training
+    mixed = copy.deepcopy(tower).train()
+    next(mixed.children()).eval()
+    modes = {name: module.training for name, module in mixed.named_modules()}
+    model = factorize_modules(mixed, targets=TARGETS, kind=KIND, classes=3)
+    for made_of in (model, decompose_modules(model).recombine()):
+        assert {n: m.training for n, m in made_of.inner.named_modules() if n in modes} == modes
+        assert made_of.training
     assert half(torch.tensor([0, 1]), x_of(2, 12).bfloat16()).dtype == torch.bfloat16
     other = factorize_modules(copy.deepcopy(tower), targets=TARGETS, kind=KIND, classes=3, seed=5)
     other.load_state_dict(half.state_dict())

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from conftest import randomised
-from kindiff.components import ComponentLinear, decompose, factorize, product, set_strategy_
-from kindiff.components.strategy import choose
+from kindiff.components import ComponentLinear, decompose, factorize, fused, product, set_strategy_
+from kindiff.components.strategy import choose, explain
 from kindiff.config import KindConfig
 from kindiff.errors import UsageError
 from kindiff.models import DiT, Gating
@@ -135,6 +135,25 @@ def test_the_rule() -> None:
     assert choose("joined", slots=900, **few | {"training": False}).name == "joined"
     assert choose("auto", slots=5, **few | {"device": "cuda"}).name == "gathered"
     assert "24" in choose("auto", slots=7, **few).why
+
+
+def test_a_soft_gate_is_explained_as_its_layers_see_it(dense: DiT, monkeypatch) -> None:
+    soft = factorize(dense, KindConfig(learngene_rank=16, tailor_rank=2, gate="soft"))
+    lines = explain(soft, 8)
+    training = [line for line in lines if "training" in line]
+    assert training
+    assert all("the gate's weights train" in line for line in training)
+    assert not any("weights train" in line for line in lines if "sampling" in line)
+    asked = []
+    monkeypatch.setattr(fused, "fits", lambda rank, components, dtype: asked.append(components))
+    explain(soft, 8)
+    assert set(asked) == {2 * soft.structure["slots"]}
+
+
+def test_no_id_is_taken_for_another(kind_model: DiT, inputs) -> None:
+    x, t, ids = inputs
+    with pytest.raises(IndexError):
+        kind_model(x, t, ids, -torch.ones_like(ids))
 
 
 def test_it_can_be_overruled(kind_model: DiT, inputs) -> None:

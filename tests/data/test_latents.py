@@ -209,6 +209,13 @@ def test_a_shard_with_a_flipped_bit_is_named_and_can_be_made_again(
         LatentSet.open(out, verify=False)
     encode(config, out)
     assert content_of(out) == whole
+    (photos / "chess" / "0.png").write_bytes((photos / "disc" / "0.png").read_bytes())
+    for shard in ("shard-00002.npy", "shard-00001.npy"):  # of the images 5 to 14: chess's first is among them
+        (out / shard).unlink()
+    for _ in range(2):  # the second time it does not take the other images' shard for its own
+        with pytest.raises(BadFileError, match="was made anew and is another one"):
+            encode(config, out)
+    (out / "shard-00001.npy").write_bytes(whole["shard-00001.npy"])
     bad.write_bytes(whole[bad.name][:-1])
     with pytest.raises(BadFileError, match=r"shard-00002\.npy has \d+ bytes, not the recorded"):
         LatentSet.open(out, verify=False)
@@ -404,3 +411,43 @@ def test_data_sets_that_do_not_fit(tmp_path: Path, hub) -> None:
     (tmp_path / "broken" / "dataset_info.json").write_text("{")
     with pytest.raises(BadFileError, match="cannot be opened"):
         open_images(DataConfig(source=str(tmp_path / "broken"), size=SIZE))
+
+
+def test_held_out_images_are_the_later_ones_wherever_they_lie(
+    tmp_path: Path, codec: Path, photos: Path, hub
+) -> None:
+    """In an image folder, a data set, and what is encoded of either."""
+    shapes = len(SHAPES)
+    for source in (photos, hub("set")):
+        whole = open_images(DataConfig(source=str(source), size=SIZE)).images.reshape(shapes, 6, -1)
+        config = DataConfig(source=str(source), size=SIZE, first=4, per_class=5)
+        later = open_images(config)
+        assert later.counts() == [2] * shapes
+        assert np.array_equal(later.images.reshape(shapes, 2, -1), whole[:, 4:])
+        encoded = encode(settings(source, codec, data=config), tmp_path / f"{source.name}-later")
+        everything = encode(settings(source, codec), tmp_path / f"{source.name}-all")
+        places = np.flatnonzero(np.arange(24) % 6 >= 4)
+        zeros = np.zeros(8, bool)
+        found, expected = encoded.fetch(np.arange(8), zeros), everything.fetch(places, zeros)
+        np.testing.assert_allclose(found, expected, atol=1e-5)  # the batches were others
+        with pytest.raises(UsageError, match=r"none from image 6 on|no images of class .* from image 6 on"):
+            open_images(dataclasses.replace(config, first=6))
+        with pytest.raises(UsageError, match="from image 6 on"):
+            encode(settings(source, codec, data=dataclasses.replace(config, first=6)), tmp_path / "none")
+    with pytest.raises(UsageError, match="per_class is -1 and first is 0; both must be 0 or more"):
+        DataConfig(per_class=-1)
+
+
+def test_unreadable_rows_of_a_data_set(photos: Path, hub, capfd) -> None:
+    (photos / "chess" / "3.png").write_bytes(b"no image")
+    config = DataConfig(source=str(hub("set")), size=SIZE)
+    images = open_images(config)
+    assert images.counts() == [6, 5, 6, 6]
+    row = images.skipped[0].file
+    assert f"skipped {config.source}, {row},: " in capfd.readouterr().err
+    with pytest.raises(BadFileError, match=f"{row}, is no readable image"):  # though the set is there already
+        open_images(dataclasses.replace(config, strict=True))
+    for picture in (photos / "disc").iterdir():
+        picture.write_bytes(b"")
+    with pytest.raises(UsageError, match="has no readable image of class disc"):
+        open_images(DataConfig(source=str(hub("other", extra=list(range(24)))), size=SIZE))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kindiff.data.folder import open_folder
 from kindiff.errors import BadFileError, UsageError
 from kindiff.evaluate.images import ArrayImages, FolderImages, NpzImages
 from kindiff.evaluate.sources import open_samples
@@ -164,6 +166,37 @@ def test_a_truncated_array_inside_an_npz(tmp_path: Path) -> None:
     images.read(0, 2)
     with pytest.raises(BadFileError, match="ends inside image 2"):
         images.read(2, 4)
+
+
+def test_damage_inside_a_compressed_array_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, pictures(400))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 200] = bytes(200)
+    path.write_bytes(content)
+    images = NpzImages(path)
+    with pytest.raises(BadFileError, match="is damaged"):
+        images.read(0, 400)
+
+
+def test_what_lies_before_the_wanted_images_of_an_npz_takes_no_memory(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", np.zeros((4000, 40, 40, 3), np.uint8))
+    images = NpzImages(tmp_path / "x.npz")
+    tracemalloc.start()
+    images.read(3990, 4000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e6  # of 19.2e6 bytes
+
+
+def test_transparent_places_are_white_as_in_training(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("KINDIFF_CACHE", str(tmp_path / "cache"))
+    for i, alpha in enumerate((0, 255)):
+        (tmp_path / "x" / "ant").mkdir(parents=True, exist_ok=True)
+        Image.new("RGBA", (8, 8), (200, 10, 10, alpha)).save(tmp_path / "x" / "ant" / f"{i}.png")
+    ours = FolderImages(tmp_path / "x").read(0, 2)
+    assert (ours[0] == 255).all()
+    np.testing.assert_array_equal(ours, open_folder(tmp_path / "x", size=8).images)
 
 
 def test_arrays_are_checked() -> None:

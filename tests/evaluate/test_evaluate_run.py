@@ -15,6 +15,7 @@ from kindiff.classes import ClassSet
 from kindiff.config import SampleConfig
 from kindiff.errors import BadFileError, UsageError
 from kindiff.evaluate import reference as references
+from kindiff.evaluate import run
 from kindiff.evaluate.features import CallableFeatures
 from kindiff.evaluate.generated import GeneratedImages
 from kindiff.evaluate.images import ArrayImages
@@ -53,6 +54,22 @@ def coloured(count: int, seed: int, names: tuple[str, ...] = NAMES, strength: in
 @pytest.fixture
 def reference(tmp_path: Path) -> references.Reference:
     return references.build(coloured(240, 0), NETWORK, tmp_path / "references")
+
+
+def test_kid_of_many_images_is_of_some_of_them_whatever_the_order_of_the_classes(
+    tmp_path: Path, reference: references.Reference, monkeypatch
+) -> None:
+    monkeypatch.setattr(run, "KID_IMAGES", 60)
+    samples = coloured(120, 1, strength=80)
+    pool = colours(samples.array)["pool"]
+    taken = []
+    monkeypatch.setattr(run, "kernel_distance", lambda x, y: taken.append(x) or kernel_distance(x, y))
+    monkeypatch.setattr(run, "_per_class", lambda *_: ())
+    evaluate(samples, reference, NETWORK, work=tmp_path / "w")
+    rows = [int(np.flatnonzero((pool == row).all(axis=1))[0]) for row in taken[0]]
+    assert len(set(rows)) == 60
+    assert rows == sorted(rows)
+    assert max(np.bincount(np.array(rows) % 3)) <= 28  # evenly spaced ones would be 40 of one class
 
 
 def test_every_number_of_a_score_is_its_metric(tmp_path: Path, reference: references.Reference) -> None:
@@ -107,7 +124,7 @@ PROTOCOL = Protocol(
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Protocol)])
 def test_scores_of_two_protocols_are_not_compared(name: str) -> None:
     other = {
-        "count": 11, "size": (8, 9), "classes": ("b",), "steps": 9, "guidance": 2.0, "ema": True, "metrics": 2,
+        "count": 11, "size": (8, 9), "classes": ("b",), "steps": 9, "guidance": 2.0, "ema": True, "metrics": 99,
         "seed": 3, "versions": ("torch 1",),
     }  # fmt: skip
     changed = dataclasses.replace(PROTOCOL, **{name: other.get(name, "other")})
@@ -196,7 +213,7 @@ def test_a_model_is_sampled_on_the_way(tmp_path: Path, model: Path) -> None:
     score = evaluate(samples, reference, NETWORK, work=tmp_path / "w", sampler=samples.sampler, batch=16)
     assert abs(score.distance) < 1e-9
     protocol = score.protocol
-    assert (protocol.sampler, protocol.steps, protocol.guidance) == ("auto (flow)", 2, 1.5)
+    assert (protocol.sampler, protocol.steps, protocol.guidance) == ("heun", 2, 1.5)
     assert (protocol.seed, protocol.ema, protocol.precision) == (0, True, "fp32")
     assert len(score.per_class) == 5
 

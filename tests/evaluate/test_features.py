@@ -119,3 +119,16 @@ def test_bad_features_and_images_are_refused(function: object, images: np.ndarra
     own = CallableFeatures(name="own", function=function, version="1")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=message):
         extract(own, images, first=10)
+
+
+def test_convolutions_of_features_are_not_rounded_to_tf32() -> None:
+    seen = []
+
+    def network(images: np.ndarray) -> dict[str, np.ndarray]:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return {"pool": np.zeros((len(images), 2), np.float32)}
+
+    before = torch.backends.cudnn.allow_tf32
+    extract(CallableFeatures(name="x", function=network, version="1"), np.zeros((2, 4, 4, 3), np.uint8))
+    assert seen == [False]
+    assert torch.backends.cudnn.allow_tf32 == before

@@ -68,6 +68,8 @@ def test_a_repetition_has_the_chosen_rates_alone_and_is_compared_with_what_the_t
         "",
         "1 of 2 distances came again within their spreads.",
     ]
+    once = of("kind", 3.0)
+    assert "1 of 1 distances came again" in compared(once, once)
     with pytest.raises(FileNotFoundError, match="has no scored cell to repeat"):
         repetition(study, [record("kind", 0.01, validation=9.0)], tmp_path)
 

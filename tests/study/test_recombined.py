@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from kindiff.components import decompose, save_components
-from kindiff.config import TrainConfig
+from kindiff.config import AutoencoderConfig, DataConfig, EncodeConfig, SampleConfig, TrainConfig
 from kindiff.models import DiT
+from kindiff.pipeline import DiTPipeline
 from kindiff.study.cells import Bench
-from kindiff.study.config import RecombineConfig
+from kindiff.study.config import RecombineConfig, Study
 from kindiff.study.recombined import cut, smaller
 from kindiff.train import pretrain
+from kindiff.train.encoding import encode
 from toys import toy, write_shapes
 
 
@@ -76,7 +78,7 @@ def test_a_dense_base_that_is_cut_can_be_transferred(base, tmp_path) -> None:
     recipe, folder, whole = base
     if recipe.method == "kind":
         pytest.skip("a decomposable base is not cut")
-    parts = decompose(cut(folder, 4))
+    parts = decompose(cut(folder, 4).model)
     assert (parts.learngene_rank, parts.tailor_rank) == (4, 0)
     weight = dict(whole.named_matrices())["blocks.0.q"].weight
     u, sigma, v = torch.linalg.svd(weight)
@@ -114,3 +116,25 @@ def test_paths_in_records_are_relative_to_the_working_folder(tmp_path) -> None:
     assert bench._portable(values) == {
         "config": {"init": "sizes/cell--start", "source": "avatars:base"}, "steps": 3,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["kind", "dense"])
+def test_bases_on_latents_keep_their_autoencoder(tmp_path, method) -> None:
+    own = EncodeConfig(
+        data=DataConfig(source=str(write_shapes(tmp_path / "shapes")), size=16), steps=2, workers=1,
+        model=AutoencoderConfig(width=8), dtype="float32",
+    )  # fmt: skip
+    latents = encode(own, tmp_path / "latents")
+    recipe = toy(latents.path, method=method, steps=1)
+    recipe = replace(recipe, model=replace(recipe.model, patch=2))
+    study = Study(
+        folder=tmp_path, config=None, bases={"base": recipe}, tasks={}, methods={}, name="", results=tmp_path
+    )
+    Bench(study=study, work=tmp_path, features=None, device="cpu").prepare("base")
+    base = tmp_path / "bases" / "base"
+    smaller(recipe, base, RecombineConfig(learngene_rank=4), tmp_path / "small")
+    drawn = DiTPipeline.from_pretrained(tmp_path / "small" / "model").sample([0], SampleConfig(steps=1))
+    assert drawn.shape == (1, 16, 16, 3)
+    if method == "dense":
+        whole = cut(base, 4)
+        save_components(decompose(whole.model), tmp_path / "parts", autoencoder=whole.autoencoder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import subprocess
 import sys
@@ -11,12 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from small import write_study
 
 from kindiff.cli.main import main
+from kindiff.study.cells import _logged
 from kindiff.study.config import read_study
 from kindiff.study.grid import progress
 from kindiff.study.records import read_records, write_record
+from kindiff.study.runner import run_workers
 from kindiff.study.tables import best_rows
 from toys import one_thread
 
@@ -105,3 +109,21 @@ def test_a_killed_study_goes_on_and_compares_every_method(tmp_path, monkeypatch,
     assert capfd.readouterr().out.count("lr") == 0  # nothing is left
     study = read_study(folder)
     assert progress(study, read_records(study.results)) == (12, 12)
+
+
+def test_workers_share_the_gpus_that_are_visible(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-8f1a")
+    study = read_study(write_study(tmp_path))
+    show = [sys.executable, "-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"]
+    assert run_workers(study, tmp_path / "work", workers=3, command=show) == 0
+    logs = sorted((tmp_path / "work" / "small").glob("worker-*.log"))
+    assert [log.read_text().strip() for log in logs] == ["3", "GPU-8f1a", "3"]
+
+
+def test_the_time_of_a_training_is_that_of_its_stages(tmp_path):
+    for folder, images in (("cell", (32, 64)), ("cell/sigma", (16,))):
+        (tmp_path / folder).mkdir()
+        lines = [json.dumps({"images": n, "images_per_second": 8.0, "loss": float(n)}) for n in images]
+        (tmp_path / folder / "metrics.jsonl").write_text("\n".join(lines))
+    assert _logged(tmp_path / "cell") == (10.0, 64.0)

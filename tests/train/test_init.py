@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from kindiff.config import (
 )
 from kindiff.errors import UsageError
 from kindiff.models import DiT
+from kindiff.parallel import Ranks
 from kindiff.train import pretrain
 from kindiff.train.starting import init_hash, starting_model
 from random_models import noisy_dit
@@ -87,6 +89,9 @@ def test_components_are_taken_as_they_are(config: PretrainConfig, tmp_path: Path
             replace(config, init=str(tmp_path / folder)), replace(SHAPE, num_classes=2), ClassSet(NAMES[:2])
         )
         assert torch.equal(outputs(two, [0, 1]), outputs(first, [0, 1]))
+        latent = replace(SHAPE, num_classes=2, autoencoder="of the data")
+        start = replace(config, init=str(tmp_path / folder))
+        assert starting_model(start, latent, ClassSet(NAMES[:2])).config == latent
     again = replace(config, init=str(tmp_path / "kind"))
     for change, sentence in (
         (
@@ -111,6 +116,39 @@ def test_shapes_that_do_not_fit_are_named(config: PretrainConfig, tmp_path: Path
         starting_model(replace(config, init=str(tmp_path)), SHAPE, ClassSet(NAMES))
     with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors"):
         init_hash(replace(config, init=str(tmp_path)))
+
+
+def test_a_diffusers_models_norm_can_be_asked_for() -> None:
+    data = {"input_size": 16, "channels": 3, "num_classes": 3, "objective": "flow"}
+    assert BackboneConfig(mlp_norm_eps=1e-5).build(**data).mlp_norm_eps == 1e-5
+
+
+def test_controls_that_a_gate_would_not_heed_are_refused() -> None:
+    soft = KindConfig(learngene_rank=8, tailor_rank=2, gate="soft")
+    for settings, sentence in (
+        ({"kind": soft, "objective": ObjectiveConfig(gate_labels="shuffled")}, "gate_labels shuffled needs"),
+        (
+            {"method": "dense", "objective": ObjectiveConfig(gate_labels="shuffled")},
+            "gate_labels shuffled needs",
+        ),
+        ({"kind": soft, "objective": ObjectiveConfig(null_gate="class")}, "null_gate class needs"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            PretrainConfig(**settings)
+
+
+def test_a_batch_that_does_not_divide_leaves_no_run_behind(
+    config: PretrainConfig, tmp_path: Path, monkeypatch
+) -> None:
+    data = DataConfig(source=str(write_shapes(tmp_path / "shapes")), size=16)
+    odd = replace(config, data=data, train=replace(config.train, batch=9))
+    monkeypatch.setattr("kindiff.train.pretraining.joined", lambda: nullcontext(Ranks(rank=0, count=2)))
+    monkeypatch.setattr(Ranks, "in_turn", lambda self, work: work())
+    with pytest.raises(
+        UsageError, match="does not divide among 2 ranks and 1 parts; make it a multiple of 2"
+    ):
+        pretrain(odd, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_starts_from_a_checkpoint_and_knows_which(config: PretrainConfig, tmp_path: Path) -> None:

@@ -12,14 +12,17 @@ import torch
 from torch import nn
 
 from conftest import randomised
+from kindiff.classes import ClassSet
 from kindiff.components import decompose, factorize, load_components, save_components
-from kindiff.config import DataConfig, KindConfig, ObjectiveConfig, TrainConfig, TransferConfig
+from kindiff.config import DataConfig, KindConfig, ObjectiveConfig, RivalConfig, TrainConfig, TransferConfig
 from kindiff.data import open_prepared
 from kindiff.data.batches import make_batch
 from kindiff.diffusion import flow_loss
 from kindiff.errors import UsageError
 from kindiff.models import DiT
 from kindiff.parallel import ALONE
+from kindiff.rivals import start
+from kindiff.rivals.learngenes import constrained
 from kindiff.train import pretrain, transfer
 from kindiff.train.optimiser import BETAS, EPS, Optimiser, RowAdam, factor_of
 from kindiff.train.state import State
@@ -123,6 +126,27 @@ def test_decay_reaches_dense_matrices_only(dense: DiT) -> None:
         assert any(".q." in name for name in moved) == (model is dense)
         for name in moved:
             torch.testing.assert_close(dict(model.named_parameters())[name], before[name] * 0.95, **FLOAT)
+
+
+@pytest.mark.parametrize("method", ["fine", "wave"])
+def test_decay_spares_what_banks_hold_of_biases_and_singular_values(dense: DiT, method) -> None:
+    optimiser = Optimiser(constrained(dense.config, dense.classes, method), TrainConfig(weight_decay=0.5))
+    groups = {
+        group["weight_decay"]: {id(p) for p in group["params"]} for group in optimiser.adamw.param_groups
+    }
+    for name, p in optimiser.shared.items():
+        leaf = name.rpartition(".")[2]
+        assert (id(p) in groups[0.0]) == (p.ndim == 1 or leaf.startswith(("bias", "sigma"))), name
+
+
+def test_no_slot_is_on_where_no_tailor_trains(dense: DiT) -> None:
+    """SVDiff, and components without tailors; several ranks put their slots together by number."""
+    svdiff = start(dense, ClassSet(("x", "y")), RivalConfig(method="svdiff"), seed=0)
+    none = factorize(dense, KindConfig(learngene_rank=6, tailor_rank=0))
+    for model in (svdiff, none):
+        optimiser = Optimiser(model, TrainConfig())
+        assert optimiser.tailors.rows == 0
+        assert not len(optimiser.slots_on(torch.tensor([0, 1])))
 
 
 def test_tailors_have_their_own_rate(kind_model: DiT) -> None:

@@ -42,6 +42,17 @@ def shapes(tmp_path: Path) -> Path:
     return write_shapes(tmp_path / "shapes")
 
 
+@pytest.mark.parametrize("method", ["tleg", "fine", "wave"])
+def test_the_plan_of_a_constrained_model_is_its_own(shapes: Path, method: str) -> None:
+    config = toy(shapes, method=method)
+    config = replace(config, kind=replace(config.kind, learngene_rank=999))  # nothing to it
+    plan, model = pretrain_plan(config), new_model(config, open_samples(config.data))
+    assert plan.trainable == sum(p.numel() for p in model.parameters())
+    assert plan.parameters == sum(p.numel() for p in DiT(model.config).parameters())
+    assert plan.macs == plan.dense_macs
+    assert " s a step" in plan.time
+
+
 @pytest.mark.parametrize("method", ["kind", "dense"])
 def test_the_plan_counts_the_model_that_trains(shapes: Path, method: str) -> None:
     config = toy(shapes, method=method)

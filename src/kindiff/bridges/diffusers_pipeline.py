@@ -119,7 +119,13 @@ def pipeline_timesteps(config: DiTConfig, steps: int) -> Tensor:
 
 @torch.inference_mode()
 def guidance_gap(
-    parts: Components, name: str, *, scale: float = 4.0, batch: int = 8, seed: int = 0
+    parts: Components,
+    name: str,
+    *,
+    learngene_rank: int | None = None,
+    scale: float = 4.0,
+    batch: int = 8,
+    seed: int = 0,
 ) -> dict[str, float]:
     """How far the exported null pass is from ours, on noise at evenly spread timesteps.
 
@@ -127,7 +133,9 @@ def guidance_gap(
     guided predictions at this scale. conditional: of the class predictions, which only rounding tells apart.
     """
     config = parts.config
-    ours, merged = parts.recombine([name]), parts.recombine([name], layers="merged")
+    ours, merged = (
+        parts.recombine([name], learngene_rank=learngene_rank, layers=how) for how in ("auto", "merged")
+    )
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, config.channels, config.input_size, config.input_size, generator=generator)
     t_B = torch.linspace(0, 999, batch).round()
@@ -215,7 +223,7 @@ def _check(model: DiT, vae: Path) -> None:
 
 
 def _with_null_at_1000(model: DiT) -> DiT:
-    """The same model with 1000 class rows, the last class's repeated, and the null row at 1000."""
+    """The same model with 1000 class rows and the null row at 1000."""
     state = reading.dense_state(model)
     rows = state["class_embed.weight"]
     classes, null = rows[:-1], rows[-1:]

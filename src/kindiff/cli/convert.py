@@ -86,7 +86,7 @@ def _pipelines(args: Args, parts: Components, vae: Path) -> None:
         parts, parts.classes, vae, args.out, learngene_rank=args.learngene_rank, steps=args.steps
     )
     for folder in folders:
-        gap = guidance_gap(parts, folder.name)
+        gap = guidance_gap(parts, folder.name, learngene_rank=args.learngene_rank)
         say(
             f"{folder.name}: guided (scale 4), the exported predictions differ from ours by {gap['guided']:.1%}, "
             "because a merged model's tailor is on in the null pass too; without guidance they are equal"

@@ -32,7 +32,7 @@ COMMANDS = {
     "adapt": "teach a dense model new classes with a rival: LoRA and its kin, full fine-tuning, other learngenes",
     "sample": "draw images: a grid, or a folder",
     "study": "compare methods over tasks, learning rates and seeds; tables and figures of the results",
-    "evaluate": "score samples against a reference: FID, sFID, IS, precision, recall, KID",
+    "evaluate": "score samples against a reference: FD (Lite0) or FID, KID, precision, recall, class accuracy",
     "report": "write one page about a run or a study: who won, tables, figures, samples, components",
     "classes": "show a class hierarchy, merge similar classes into groups, deal them out to tasks",
     "convert": "read and write released DiT files, diffusers' transformer and pipeline folders",
@@ -133,6 +133,12 @@ def _from_training(error: Exception) -> int:
     code = getattr(error, "exit_code", None)
     if code is not None:
         return _fail(str(error), code)
+    if type(error).__name__ == "OutOfMemoryError":
+        return _fail(
+            "the device's memory is full; take a smaller batch, or in training --train.accumulate 2 or "
+            "--train.recompute True (--dry-run says what a step needs).",
+            1,
+        )
     if isinstance(error, ImportError) and "pip install" in str(error):
         return _fail(str(error), 1)
     traceback.print_exc()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kindiff.classes import ClassSet, nearest, numbered, shorten
-from kindiff.components.build import Structure, fill_components_, slots_of_classes
+from kindiff.components.build import Structure, fill_components_, sizes_of, slots_of_classes
 from kindiff.components.gates import TableGate
 from kindiff.components.linear import ComponentLinear
 from kindiff.config import MATRICES, KindConfig
@@ -138,11 +138,9 @@ def factorize_modules(
         )
     names = numbered(classes) if isinstance(classes, int) else classes
     table = slots_of_classes(names, kind, superclasses)
+    slots, width = sizes_of(table)
     structure = Structure(
-        rank=kind.learngene_rank,
-        tailor_rank=kind.tailor_rank,
-        slots=1 + max(max(row) for row in table),
-        gate_width=len(table[0]),
+        rank=kind.learngene_rank, tailor_rank=kind.tailor_rank, slots=slots, gate_width=width
     )
     cell = Cell()
     new = ComponentModel(copy.deepcopy(model), names, structure, cell)
@@ -152,11 +150,12 @@ def factorize_modules(
         dense = new.inner.get_submodule(name)
         assert isinstance(dense, nn.Linear)
         full = min(dense.weight.shape)
-        if kind.learngene_rank > full:
-            raise UsageError(
-                f"learngene rank {kind.learngene_rank} is larger than the full rank {full} of {name!r}; use 1 to "
-                f"{full}, or leave it out of the targets."
-            )
+        for what, rank in (("learngene", kind.learngene_rank), ("tailor", kind.tailor_rank)):
+            if rank > full:
+                raise UsageError(
+                    f"{what} rank {rank} is larger than the full rank {full} of {name!r}; use 1 to {full}, or leave it "
+                    "out of the targets."
+                )
         layer = empty_like(dense, structure)
         fill_components_(layer, copy.deepcopy(dense).float(), kind, structure, generator)
         if layer.bias is not None:
@@ -165,7 +164,8 @@ def factorize_modules(
         gated = GatedLinear(name, layer, dense.in_features, dense.out_features, cell)
         replace_(new.inner, name, gated.train(dense.training))
     new.gate.to(next(iter(new.inner.parameters())).device)
-    return new.train(model.training)
+    new.training = new.gate.training = model.training  # the layers have what theirs had
+    return new
 
 
 def empty_like(like: nn.Linear | GatedLinear, structure: Structure) -> ComponentLinear:

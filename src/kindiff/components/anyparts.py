@@ -114,7 +114,9 @@ def _rebuilt(
                     bank[slot].zero_()
                     bank[slot, : len(tensor)].copy_(tensor)
         layer.to(old.inner.u)
-        replace_(new.inner, name, GatedLinear(name, layer, old.in_features, old.out_features, cell))
+        gated = GatedLinear(name, layer, old.in_features, old.out_features, cell)
+        replace_(new.inner, name, gated.train(old.training))
     if structure.slots:
         new.gate.fill_([[i] for i in range(len(classes))])
-    return new.train(model.training).to(model.gate.slots_CK.device)
+    new.training = new.gate.training = model.training
+    return new.to(model.gate.slots_CK.device)

@@ -43,7 +43,10 @@ class Structure:
         if min(self.tailor_rank, self.slots) < 0 or self.gate_width < 1 or (self.rank or 1) < 1:
             raise UsageError(f"a structure has ranks, slots and a gate width above zero, not {self}.")
         if max(self.tailor_rank, self.rank or 1) > 2**14 or self.slots > 2**21 or self.gate_width > 64:
-            raise UsageError(f"a structure has ranks up to {2**14} and slots up to {2**21}, not {self}.")
+            raise UsageError(
+                f"a structure has ranks up to {2**14}, slots up to {2**21} and a gate width (tailors on at once, "
+                f"a mixture's `mixes`) up to 64, not {self}."
+            )
         if unknown := set(self.targets) - set(MATRICES):
             raise UsageError(f"target {min(unknown)!r} is no matrix of a block; use {MATRICES}.")
         if self.gate == "mixture" and self.rank is None:
@@ -195,7 +198,7 @@ def fill_components_(
         lacking = wanted - len(pool.sigma)
         if lacking > 0:
             blank = algebra.fresh(lacking, *_sides(weight_OI), generator)
-            pool = algebra.Factors(*(torch.cat(pair) for pair in zip(pool, blank, strict=True)))
+            pool = algebra.Factors(*(torch.cat([a, b.to(a)]) for a, b in zip(pool, blank, strict=True)))
     scale = 1.0
     if kind.init == "svd-rescaled":
         energy = pool.sigma[:wanted].square()

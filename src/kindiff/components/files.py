@@ -147,8 +147,13 @@ def _read_tailor(
         for matrix in description["targets"]:
             key, (features_out, features_in) = f"blocks.{i}.{matrix}", config.matrix_shape(matrix)
             rank = tensors.get(f"{key}.sigma", torch.empty(0)).numel()
-            for leaf, shape in (("u", (rank, features_out)), ("sigma", (rank,)), ("v", (rank, features_in))):
-                wanted[f"{key}.{leaf}"] = torch.empty(shape, device="meta")
+            shapes = {"u": (rank, features_out), "sigma": (rank,), "v": (rank, features_in)}
+            if any(
+                f"{key}.{leaf}" in tensors for leaf in shapes
+            ):  # a tailor may stand in some of the targets
+                wanted |= {
+                    f"{key}.{leaf}": torch.empty(shape, device="meta") for leaf, shape in shapes.items()
+                }
     checkpoint.check_tensors(path, tensors, wanted)
     checkpoint.check_hash(path, tensors, metadata.get("sha256"))
     return tensors

@@ -37,7 +37,11 @@ class TableGate(nn.Module):
         return self
 
     def forward(self, ids_B: Tensor, e_BD: Tensor) -> Gating:
-        return Gating(self.slots_CK[ids_B], self.weights_CK[ids_B])
+        return Gating(*self._rows(ids_B))
+
+    def _rows(self, ids_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Unlike indexing, index_select takes no negative id for another one."""
+        return self.slots_CK.index_select(0, ids_B), self.weights_CK.index_select(0, ids_B)
 
     def slots_on(self, ids_B: Tensor) -> Tensor:
         """The slots, each once, that a batch of ids trains: those with a weight above zero."""
@@ -53,7 +57,7 @@ class MixtureGate(TableGate):
 
     def forward(self, ids_B: Tensor, e_BD: Tensor) -> Gating:
         last = len(self.slots_CK) - 2  # the null class's weights are zero, whatever row it reads
-        return Gating(self.slots_CK[ids_B], self.weights_CK[ids_B], ids_B.clamp(max=last))
+        return Gating(*self._rows(ids_B), ids_B.clamp(max=last))
 
     def slots_on(self, ids_B: Tensor) -> Tensor:
         """The classes of a batch of ids, each once, without the null class."""

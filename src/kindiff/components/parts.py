@@ -83,10 +83,11 @@ class Components:
         """A new model of the wanted classes (None: all), smaller by the tailors left out.
 
         learngene_rank: keep that many components of the learngenes' canonical form; None: the learngenes as
-        they are, and the model equals the one taken apart to the bit. tailor_rank: the same of every tailor, or all
-        that it has; each matrix of it is then the best of that rank. take_over: the model uses the parts'
-        own memory where it can, instead of a copy; the parts must then be given up. UsageError for an unknown
-        class, a class asked twice, a rank that the parts do not hold, or layers="merged" with more than one class.
+        they are, and the model equals the one taken apart to the bit where its layers stay factored. tailor_rank: the
+        same of every tailor, or all that it has; each matrix of it is then the best of that rank. take_over: the model
+        uses the parts' own memory where it can, instead of a copy; the parts must then be given up. UsageError for an
+        unknown class, a class asked twice, a rank that the parts do not hold, or layers="merged" with more than one
+        class.
         """
         known = ClassSet(self.classes)
         wanted = ClassSet(tuple(self.classes if classes is None else classes))
@@ -125,7 +126,7 @@ class Components:
 
         rank: N_T of the new tailors. share: a tailor for each class, one for the whole task, or both at once.
         nearest: for a new class the existing class whose tailor and embedding it starts from (the largest `rank`
-        components); the others start at zero with the mean embedding. train_also: learngene parts that train too. The
+        components); the others start at zero with the null embedding. train_also: learngene parts that train too. The
         parameters that train are those with requires_grad. UsageError for a class asked twice or a rank that is too
         large.
         """
@@ -140,15 +141,12 @@ class Components:
         if share == "task" and nearest:
             raise UsageError("one tailor for the whole task cannot start from several classes' tailors.")
         generator = torch.Generator().manual_seed(seed)
-        mean = self.learngenes[NULL_EMBEDDING]
-        if self.tailors:
-            mean = torch.stack([tailor[EMBEDDING] for tailor in self.tailors.values()]).mean(dim=0)
         shapes = {m: self.config.matrix_shape(m) for m in targets}
         names = [f"blocks.{i}.{m}" for i in range(self.config.depth) for m in targets]
         tailors: dict[str, dict[str, Tensor]] = {}
         for name in (*wanted.names, *([TASK] if share == "both" else [])):
             parent = self.tailors[known.names[known.id(nearest[name])]] if known and name in nearest else None
-            tensors = {EMBEDDING: mean if parent is None else parent[EMBEDDING]}
+            tensors = {EMBEDDING: self.learngenes[NULL_EMBEDDING] if parent is None else parent[EMBEDDING]}
             for matrix in names:
                 blank = algebra.fresh(rank, *shapes[matrix.rsplit(".", 1)[1]], generator=generator)
                 if parent is not None and f"{matrix}.sigma" in parent:

@@ -17,7 +17,7 @@ from kindiff.models.dit import DiT
 
 @torch.no_grad()
 def decompose(model: DiT) -> Components:
-    """Take a model apart; the parts are copies. UsageError for a model that is not made of components.
+    """Take a model apart; the parts are copies, in host memory. UsageError for a model that is not made of components.
 
     Where a class has several slots or soft weights, its tailor is their sum: the components of all its slots,
     sigma scaled by the gate's weight.
@@ -29,17 +29,17 @@ def decompose(model: DiT) -> Components:
         )
     assert model.gate is not None
     rows = model.class_embed.weight
-    ids = torch.arange(len(model.classes))
+    ids = torch.arange(len(model.classes), device=rows.device)
     gating = model.gate(ids, rows[:-1])
     matrices = dict(model.named_matrices())
-    learngenes = {name: tensor.clone() for name, tensor in learngenes_of(model).items()}
+    learngenes = {name: tensor.to("cpu", copy=True) for name, tensor in learngenes_of(model).items()}
     tailors: dict[str, dict[str, Tensor]] = {}
     for i, name in enumerate(model.classes.names):
         tensors = {EMBEDDING: rows[i].clone()}
         for matrix, layer in matrices.items():
             if isinstance(layer, ComponentLinear) and layer.has_tailors:
                 tensors |= named_factors(matrix, layer.tailor_of(gating, i))
-        tailors[name] = tensors
+        tailors[name] = {key: tensor.cpu() for key, tensor in tensors.items()}
     targets = tuple(m for m in model.structure["targets"] if any(f".{m}.sigma" in key for key in tensors))
     return Components(model.config, targets, learngenes, tailors)
 

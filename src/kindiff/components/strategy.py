@@ -144,7 +144,8 @@ def explain(model: DiT, images: int) -> list[str]:
     structure, device = model.structure, "cuda" if torch.cuda.is_available() else "cpu"
     if structure is None:
         return ["dense matrices: nothing to choose"]
-    rank, on = structure["rank"], structure["gate_width"]
+    rank, soft = structure["rank"], structure["gate"] == "soft"
+    on = structure["slots"] if soft else structure["gate_width"]
     full = min(min(model.config.matrix_shape(matrix)) for matrix in MATRICES)
     factored, dense = matrix_macs(model.config, rank or full)
     if rank is None:
@@ -165,7 +166,7 @@ def explain(model: DiT, images: int) -> list[str]:
         for dtype in (torch.float32, torch.bfloat16):
             found = choose(
                 "auto", slots=count, components=structure["tailor_rank"], on=on, device=device, dtype=dtype,
-                training=purpose == "training" and rank is not None, weights_train=structure["gate"] == "soft",
+                training=purpose == "training" and rank is not None, weights_train=soft and purpose == "training",
                 mixed=purpose == "training" and structure["gate"] == "mixture",
                 fits=fused.fits(rank, on * structure["tailor_rank"], dtype),
             )  # fmt: skip

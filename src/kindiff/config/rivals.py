@@ -75,6 +75,6 @@ class RivalConfig:
 class AdaptConfig:
     """Learning new classes with a rival, from a dense model."""
 
-    data: DataConfig = field(default_factory=lambda: DataConfig(source="avatars:novel", per_class=50))
+    data: DataConfig = field(default_factory=lambda: DataConfig(source="avatars:novel"))
     rival: RivalConfig = field(default_factory=RivalConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=500, lr=4e-3, save_every=250))

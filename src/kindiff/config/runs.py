@@ -64,12 +64,21 @@ class DataConfig:
     """Stop at an unreadable image instead of naming, counting and skipping it."""
 
     def __post_init__(self) -> None:
+        if self.per_class < 0 or self.first < 0:
+            raise UsageError(
+                f"per_class is {self.per_class} and first is {self.first}; both must be 0 or more."
+            )
         if self.split and not self.groups:
             raise UsageError(f"split {self.split!r} is a list of groups; say which with groups.")
         if self.first and self.groups:
             raise UsageError(f"first is {self.first}, but images of merged groups are taken from the start.")
         if self.latent_shape and (len(self.latent_shape) != 2 or min(self.latent_shape) < 1):
             raise UsageError(f"latent_shape is {self.latent_shape}; it is channels and side, such as 4 32.")
+
+    @property
+    def of_class(self) -> slice:
+        """Which of a class's images: per_class ones from `first` on, or all from there."""
+        return slice(self.first, self.first + self.per_class if self.per_class else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +115,8 @@ class TrainConfig:
     ema: float = 0.999
     """Decay of the exponential moving average a step; its start is faster."""
     precision: Precision = "auto"
-    """Arithmetic of the matrix products; parameters, norms, sigma and gates stay fp32. auto: bf16 where the device
-    multiplies it in hardware, else fp32."""
+    """Arithmetic of the matrix products; parameters, norms, sigma and what a gate says stay fp32. auto: bf16 where the
+    device multiplies it in hardware, else fp32."""
     seed: int = 0
     """Seed of the initial weights, the order, the noise."""
     workers: int = 0
@@ -241,6 +250,15 @@ class PretrainConfig:
             raise UsageError(
                 f"objective.null_gate needs tailors, which method {self.method} has not; leave it out."
             )
+        gate = self.kind.gate if self.method == "kind" else ""
+        if self.objective.gate_labels == "shuffled" and gate not in ("class", "superclass"):
+            raise UsageError(
+                "objective.gate_labels shuffled needs method kind with a gate by class; leave it out."
+            )
+        if self.objective.null_gate == "class" and gate == "soft":
+            raise UsageError(
+                "objective.null_gate class needs a gate by class: the soft gate sees the null embedding; leave it out."
+            )
         if self.init and self.method not in ("kind", "dense"):
             raise UsageError(
                 f"init is {self.init!r} and method {self.method} starts from random weights; leave it out."
@@ -251,7 +269,7 @@ class PretrainConfig:
 class TransferConfig:
     """Learning new classes: learngenes frozen, fresh tailors."""
 
-    data: DataConfig = field(default_factory=lambda: DataConfig(source="avatars:novel", per_class=50))
+    data: DataConfig = field(default_factory=lambda: DataConfig(source="avatars:novel"))
     rank: int = 2
     """N_T of the new tailors."""
     share: Share = "class"

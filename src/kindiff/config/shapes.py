@@ -133,6 +133,8 @@ class BackboneConfig:
     """Side of a patch."""
     time_features: Literal["published", "diffusers"] = "published"
     """Frequencies of the timestep's features; with diffusers', exported pipelines are exact at any step count."""
+    mlp_norm_eps: float = 1e-6
+    """Epsilon of the norm before the MLP; 1e-5 in diffusers' DiT unless told otherwise."""
 
     def build(
         self,
@@ -152,7 +154,7 @@ class BackboneConfig:
         return DiTConfig(
             input_size=input_size, channels=channels, num_classes=num_classes, width=width, depth=depth,
             heads=heads, patch=patch, objective=objective, schedule=schedule, autoencoder=autoencoder,
-            time_features=self.time_features, null_gate=null_gate,
+            time_features=self.time_features, mlp_norm_eps=self.mlp_norm_eps, null_gate=null_gate,
         )  # fmt: skip
 
 

@@ -24,15 +24,7 @@ def made_once(target: Path, make: Callable[[Path], None]) -> Path:
     """
     if (target / MANIFEST).is_file():
         return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = (target.parent / f".{target.name}.lock").open("w")
-    except OSError as error:
-        raise OSError(
-            f"the cache {target.parent} cannot be written ({error.strerror}); set KINDIFF_CACHE to a folder "
-            "that can."
-        ) from None
-    with lock, _locked(lock.fileno(), target):
+    with alone(target):
         if not (target / MANIFEST).is_file():
             # Only a killed process leaves these, and nobody else works on this target now.
             for left_over in target.parent.glob(f".{target.name}.*.tmp"):
@@ -42,13 +34,21 @@ def made_once(target: Path, make: Callable[[Path], None]) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(descriptor: int, target: Path) -> Iterator[None]:
-    if fcntl is None:
-        yield
-        return
+def alone(target: Path) -> Iterator[None]:
+    """For one process at a time: what makes `target`. OSError with advice when its folder cannot be written."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"kindiff: waiting for another process that prepares {target}", file=sys.stderr)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    yield  # closing the file, or the end of the process, releases the lock
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = (target.parent / f".{target.name}.lock").open("w")
+    except OSError as error:
+        raise OSError(
+            f"the cache {target.parent} cannot be written ({error.strerror}); set KINDIFF_CACHE to a folder "
+            "that can."
+        ) from None
+    with lock:  # closing the file, or the end of the process, releases the lock
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"kindiff: waiting for another process that prepares {target}", file=sys.stderr)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

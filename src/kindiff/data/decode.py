@@ -55,7 +55,7 @@ def decode(path: Path | BinaryIO, size: int) -> np.ndarray:
         # Pillow warns about much that it can still read (odd EXIF, palettes); a file is good or it is not.
         warnings.simplefilter("ignore")
         image = _load(path, size)
-    rgb = _over_white(image)
+    rgb = over_white(image)
     square = ImageOps.fit(rgb, (size, size), method=Image.Resampling.LANCZOS)
     return np.asarray(square)
 
@@ -82,7 +82,7 @@ def _load(path: Path | BinaryIO, size: int) -> Image.Image:
         raise UnreadableError(f"{reason} ({type(error).__name__})") from None
 
 
-def _over_white(image: Image.Image) -> Image.Image:
+def over_white(image: Image.Image) -> Image.Image:
     from PIL import Image
 
     if image.mode.startswith("I;16"):  # Pillow clips 16 bits at 255 instead of scaling them

@@ -46,7 +46,7 @@ def open_folder(folder: Path, *, size: int, classes: Iterable[str] = (), strict:
     made = made_once(target, lambda path: _decode_set(path, folder, size, files, strict))
     images = open_prepared(made)
     if images.skipped and strict:
-        raise _strict_error(folder, images.skipped[0])
+        raise unreadable(f"{folder / images.skipped[0].file}", images.skipped[0].reason)
     return images
 
 
@@ -139,7 +139,7 @@ def _decode_set(
                     _require(readable, folder / last)
                     last, readable = name, 0
                 for file, reason in faults:
-                    _note(skipped, Skipped(file, reason), folder, strict)
+                    note(skipped, Skipped(file, reason), f"{folder / file}", strict)
                 chunk = np.frombuffer(pixels, dtype=np.uint8).reshape(-1, size, size, 3)
                 readable += len(chunk)
                 if len(chunk):
@@ -148,11 +148,7 @@ def _decode_set(
         _require(readable, folder / last)
 
     write_prepared(target, images(), size=size, source=f"image folder {folder}", skipped=skipped)
-    if len(skipped) > _NAMED:
-        print(
-            f"kindiff: {len(skipped)} files skipped in all; {target / 'manifest.json'} lists them.",
-            file=sys.stderr,
-        )
+    sum_up(skipped, target)
 
 
 def _require(readable: int, folder: Path) -> None:
@@ -160,13 +156,24 @@ def _require(readable: int, folder: Path) -> None:
         raise UsageError(f"class folder {folder} has no readable image; mend its files or remove the folder.")
 
 
-def _note(skipped: list[Skipped], fault: Skipped, folder: Path, strict: bool) -> None:
+def note(skipped: list[Skipped], fault: Skipped, item: str, strict: bool) -> None:
+    """An image that cannot be read goes on the list, the first ones by name on stderr; BadFileError if `strict`."""
     if strict:
-        raise _strict_error(folder, fault)
+        raise unreadable(item, fault.reason)
     skipped.append(fault)
     if len(skipped) <= _NAMED:
-        print(f"kindiff: skipped {folder / fault.file}: {fault.reason}", file=sys.stderr)
+        print(f"kindiff: skipped {item}: {fault.reason}", file=sys.stderr)
 
 
-def _strict_error(folder: Path, fault: Skipped) -> BadFileError:
-    return BadFileError(f"{folder / fault.file} is no readable image: {fault.reason}; mend or remove it.")
+def sum_up(skipped: list[Skipped], target: Path) -> None:
+    """Say how many are on the list, where not all were named."""
+    if len(skipped) > _NAMED:
+        print(
+            f"kindiff: {len(skipped)} files skipped in all; {target / 'manifest.json'} lists them.",
+            file=sys.stderr,
+        )
+
+
+def unreadable(item: str, reason: str) -> BadFileError:
+    """The error for such an image where none may be left out."""
+    return BadFileError(f"{item} is no readable image: {reason}; mend or remove it.")

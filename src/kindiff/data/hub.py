@@ -15,10 +15,11 @@ import numpy as np
 from kindiff.classes import ClassSet, shorten
 from kindiff.config import DataConfig
 from kindiff.data.cache import made_once
+from kindiff.data.folder import note, sum_up, unreadable
 from kindiff.data.hub_rows import labels, opened
 from kindiff.data.pieces import Source, labelled
 from kindiff.data.prepared import ImageSet, open_prepared, write_prepared
-from kindiff.errors import BadFileError, UsageError
+from kindiff.errors import UsageError
 from kindiff.progress import Track
 from kindiff.runtime import cache_folder
 
@@ -36,14 +37,13 @@ def open_hub(config: DataConfig) -> Source:
     data, _, _ = opened(reference)
     names, labels_N = labels(reference)
     wanted = ClassSet(tuple(config.classes) or names)
-    rows = [
-        np.flatnonzero(labels_N == i)[: config.per_class or None] for i in ClassSet(names).ids(wanted.names)
-    ]
+    rows = [np.flatnonzero(labels_N == i)[config.of_class] for i in ClassSet(names).ids(wanted.names)]
     if empty := [name for name, own in zip(wanted.names, rows, strict=True) if not len(own)]:
+        later = f" from image {config.first} on" if config.first else ""
         raise UsageError(
-            f"{reference} has no images of class {shorten(empty)}; leave them out with data.classes."
+            f"{reference} has no images of class {shorten(empty)}{later}; leave them out with data.classes."
         )
-    described = [data._fingerprint, config.size, wanted.names, config.per_class]
+    described = [data._fingerprint, config.size, wanted.names, config.per_class, config.first]
     return Source(
         classes=wanted, labels=labelled([len(own) for own in rows]), size=config.size,
         identity=hashlib.sha256(json.dumps(described).encode()).hexdigest(), reader="hub", where=reference,
@@ -55,7 +55,10 @@ def open_hub_images(config: DataConfig) -> ImageSet:
     """The same images, decoded once into the cache. Raises as open_hub, or UsageError for an unreadable class."""
     source = open_hub(config)
     target = cache_folder() / "hub" / f"{config.size}px-{source.identity[:16]}"
-    return open_prepared(made_once(target, lambda path: _decode(path, source, config.strict)))
+    images = open_prepared(made_once(target, lambda path: _decode(path, source, config.strict)))
+    if images.skipped and config.strict:
+        raise unreadable(f"{source.where}, {images.skipped[0].file},", images.skipped[0].reason)
+    return images
 
 
 def _decode(target: Path, source: Source, strict: bool) -> None:
@@ -69,6 +72,7 @@ def _decode(target: Path, source: Source, strict: bool) -> None:
         for at in range(int(first), int(end), _PIECE)
     ]
     skipped: list[Skipped] = []
+    lacking = dict.fromkeys(source.classes.names)
 
     def chunks() -> Any:
         tasks = [source.piece(start, stop) for _, start, stop in starts]
@@ -76,14 +80,18 @@ def _decode(target: Path, source: Source, strict: bool) -> None:
             workers = 1 if len(source) <= FEW else 0  # starting others takes longer
             read = ordered_map("kindiff.data.pieces:read_piece", tasks, workers=workers)
             for (name, start, stop), (faults, pixels) in zip(starts, read, strict=True):
-                skipped.extend(Skipped(f"row {item}", reason) for _, item, reason in faults)
-                if faults and strict:
-                    raise BadFileError(
-                        f"{source.where}: row {faults[0][1]} is no readable image: {faults[0][2]}."
-                    )
+                for _, item, reason in faults:
+                    fault = Skipped(f"row {item}", reason)
+                    note(skipped, fault, f"{source.where}, {fault.file},", strict)
                 chunk = np.frombuffer(pixels, np.uint8).reshape(-1, source.size, source.size, 3)
                 if len(chunk):
+                    lacking.pop(name, None)
                     yield name, chunk
                 track.advance(stop - start)
+        if lacking:
+            raise UsageError(
+                f"{source.where} has no readable image of class {shorten(lacking)}; leave them out with data.classes."
+            )
 
     write_prepared(target, chunks(), size=source.size, source=source.where, skipped=skipped)
+    sum_up(skipped, target)

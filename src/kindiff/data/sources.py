@@ -7,7 +7,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from kindiff.classes import ClassSet
+from kindiff.classes import ClassSet, shorten
 from kindiff.config import DataConfig
 from kindiff.data import open_images
 from kindiff.data.folder import list_folder
@@ -50,10 +50,11 @@ def renamed(source: Source, names: str) -> Source:
 
 def _folder(folder: Path, config: DataConfig) -> Source:
     folder = folder.absolute()
-    files = {
-        name: listed[: config.per_class or None]
-        for name, listed in list_folder(folder, config.classes).items()
-    }
+    files = {name: listed[config.of_class] for name, listed in list_folder(folder, config.classes).items()}
+    if empty := [name for name, listed in files.items() if not listed]:
+        raise UsageError(
+            f"{folder} has no images of class {shorten(empty)} from image {config.first} on; ask for earlier ones."
+        )
     described = json.dumps([config.size, list(files.items())])
     return Source(
         classes=ClassSet(tuple(files)), labels=labelled([len(listed) for listed in files.values()]),

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from kindiff.errors import UsageError
+from kindiff.runtime import exact_convolutions
 
 
 class Features(Protocol):
@@ -81,9 +82,11 @@ def extract(features: Features, images_BHWC: np.ndarray, *, first: int = 0) -> d
         raise UsageError(
             f"images are {images_BHWC.dtype} of shape {images_BHWC.shape}; expected: uint8 (B, H, W, 3), RGB."
         )
+    with exact_convolutions():
+        outputs = features(images_BHWC)
     found = {
         name: np.asarray(value, dtype=np.float32).reshape(len(images_BHWC), -1)
-        for name, value in features(images_BHWC).items()
+        for name, value in outputs.items()
     }
     if "pool" not in found:
         raise UsageError(f"features {features.name!r} give {sorted(found)}; an output 'pool' is needed.")

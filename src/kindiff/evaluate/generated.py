@@ -17,7 +17,7 @@ from kindiff.errors import UsageError
 from kindiff.evaluate.images import LOSSLESS
 from kindiff.evaluate.run import SamplerInfo
 from kindiff.evaluate.store import digest
-from kindiff.pipeline import DiTPipeline
+from kindiff.pipeline import DiTPipeline, sampler_of
 from kindiff.runtime import settled
 
 
@@ -68,9 +68,10 @@ class GeneratedImages:
     @property
     def sampler(self) -> SamplerInfo:
         """How they are drawn, for the protocol."""
-        automatic = self.config.sampler == "auto"
+        name = sampler_of(self.pipeline.model, self.config)
+        spaced = self.pipeline.model.config.objective == "epsilon"
         return SamplerInfo(
-            sampler=f"auto ({self.pipeline.model.config.objective})" if automatic else self.config.sampler,
+            sampler=f"{name}, {self.config.spacing}" if spaced else name,
             steps=self.config.steps,
             guidance=self.config.guidance,
             precision=self.config.precision,

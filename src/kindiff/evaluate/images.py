@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
@@ -15,6 +16,7 @@ import numpy as np
 
 from kindiff.checkpoint import sha256 as file_sha256
 from kindiff.classes import ClassSet
+from kindiff.data.decode import over_white
 from kindiff.errors import BadFileError, UsageError
 
 LOSSLESS = "lossless"
@@ -175,7 +177,7 @@ class FolderImages:
                     raise BadFileError(
                         f"{path} has more than 8 bits a channel ({image.mode}); convert it first."
                     )
-                return np.asarray(image.convert("RGB"))
+                return np.asarray(over_white(image))
         except BadFileError:
             raise
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -186,6 +188,10 @@ class FolderImages:
 
 def _hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError)
+"""What reading a damaged archive raises."""
 
 
 class NpzImages:
@@ -228,24 +234,24 @@ class NpzImages:
             self._file = open_npz(self.path).open("arr_0.npy")
             _header(self._file, self.path)
             self._at = 0
-        self._take(start - self._at)
-        images = self._take(stop - start)
-        self._at = stop
+        while self._at < start:
+            self._next()
+        images = np.empty((stop - start, *self.shape[1:]), dtype=np.uint8)
+        for image in images:
+            image[:] = self._next()
         return images
 
-    def _take(self, count: int) -> np.ndarray:
+    def _next(self) -> np.ndarray:
         assert self._file is not None
         row = int(np.prod(self.shape[1:]))
-        images = np.empty((count, *self.shape[1:]), dtype=np.uint8)
-        for i in range(count):
-            try:
-                data = self._file.read(row)
-            except (zipfile.BadZipFile, EOFError, OSError) as error:
-                raise BadFileError(f"{self.path} is damaged ({error}); fetch it again.") from None
-            if len(data) != row:
-                raise BadFileError(f"{self.path} is truncated: it ends inside image {self._at + i}.")
-            images[i] = np.frombuffer(data, dtype=np.uint8).reshape(self.shape[1:])
-        return images
+        try:
+            data = self._file.read(row)
+        except DAMAGE as error:
+            raise BadFileError(f"{self.path} is damaged ({error}); fetch it again.") from None
+        if len(data) != row:
+            raise BadFileError(f"{self.path} is truncated: it ends inside image {self._at}.")
+        self._at += 1
+        return np.frombuffer(data, dtype=np.uint8).reshape(self.shape[1:])
 
 
 def open_npz(path: Path) -> zipfile.ZipFile:
@@ -263,7 +269,7 @@ def read_array(archive: zipfile.ZipFile, path: Path, name: str) -> np.ndarray:
     try:
         with archive.open(f"{name}.npy") as file:
             return np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, *DAMAGE) as error:
         raise BadFileError(f"{path}: array {name} cannot be read ({error}).") from None
 
 
@@ -274,7 +280,7 @@ def _header(file: IO[bytes], path: Path) -> tuple[int, int, int, int]:
             version
         ]
         shape, fortran, dtype = read(file)
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, *DAMAGE) as error:
         raise BadFileError(f"{path}: arr_0 has no readable header ({error}).") from None
     if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran:
         raise BadFileError(f"{path}: arr_0 is {dtype} {shape}; expected: uint8 (N, H, W, 3), C order, RGB.")

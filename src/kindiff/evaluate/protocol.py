@@ -11,7 +11,7 @@ from kindiff.config import from_dict
 from kindiff.errors import BadFileError, UsageError
 from kindiff.runtime import versions
 
-METRICS_VERSION = 1
+METRICS_VERSION = 2
 """Raised when a change of the metrics' code changes their values beyond docs/numerics.md."""
 
 RECORDED_ONLY = ("samples", "samples_sha256", "seed", "versions")
@@ -41,7 +41,7 @@ class Protocol:
     reference_sha256: str
     """Hash of what the reference was made from."""
     sampler: str | None = None
-    """Sampler."""
+    """Sampler, with the spacing of its timesteps where there is a choice."""
     steps: int | None = None
     """Its steps."""
     guidance: float | None = None

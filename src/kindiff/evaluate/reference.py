@@ -16,6 +16,7 @@ import torch
 from kindiff.checkpoint import FORMAT, new_directory, read_json, read_tensors, write_json, write_tensors
 from kindiff.classes import ClassSet
 from kindiff.config import from_dict
+from kindiff.data.cache import alone
 from kindiff.errors import BadFileError, UsageError
 from kindiff.evaluate.features import Features
 from kindiff.evaluate.images import Images
@@ -147,19 +148,21 @@ def build(
     batch: int = 64,
     progress: Progress = no_progress,
 ) -> Reference:
-    """The reference of these images, made once and stored under folder by its hash; resumable.
+    """The reference of these images, made once and stored under folder by its hash; resumable. Of several processes
+    that ask at once one makes it.
 
     keep: at most this many images, evenly spaced, keep their features. A class subset is a set of images of
     its own, with a reference of its own.
     """
     key = digest([FORMAT, identity(images, features), keep])[:16]
     target, work = folder / key, folder / f"{key}.work"
-    if target.exists():
-        return replace_name(load(target), images.name)
-    found = compute(images, features, work, batch=batch, progress=progress)
-    reference = from_features(images, features, found, keep)
-    save(reference, target)
-    shutil.rmtree(work)
+    with alone(target):
+        if target.exists():
+            return replace_name(load(target), images.name)
+        found = compute(images, features, work, batch=batch, progress=progress)
+        reference = from_features(images, features, found, keep)
+        save(reference, target)
+        shutil.rmtree(work)
     return reference
 
 

@@ -23,12 +23,13 @@ from kindiff.evaluate.metrics import (
 )
 from kindiff.evaluate.probe import Probe
 from kindiff.evaluate.protocol import ClassScore, Protocol, Score
-from kindiff.evaluate.reference import Reference, check_features, evenly, real_floor
+from kindiff.evaluate.reference import Reference, check_features, real_floor
 from kindiff.evaluate.store import FeatureSet, Progress, compute, no_progress
 from kindiff.randomness import Purpose, stream
 
 KID_IMAGES = 5000
-"""KID uses at most this many images of each set, evenly spaced."""
+"""KID uses at most this many images of each set, drawn at random (fixed seed): evenly spaced ones of a set whose
+classes take turns would be more of some classes."""
 FEW = 3
 """A class with fewer samples has no score of its own."""
 
@@ -88,9 +89,11 @@ def evaluate(
     precision, recall = _precision_recall(kept_KD, pool_ND)
     kid = None
     if min(len(pool_ND), len(kept_KD)) >= FEW:
-        kid = kernel_distance(
-            pool_ND[evenly(len(pool_ND), KID_IMAGES)], kept_KD[evenly(len(kept_KD), KID_IMAGES)]
-        )
+        drawn = [
+            pool[np.sort(stream(0, Purpose.FOLD, position).permutation(len(pool))[:KID_IMAGES])]
+            for position, pool in enumerate((pool_ND, kept_KD), start=2)
+        ]
+        kid = kernel_distance(*drawn)
     probe, real_accuracy = reference.probe
     return Score(
         protocol=protocol_of(samples, reference, features, sampler),

@@ -41,7 +41,8 @@ def open_samples(
         raise FileNotFoundError(
             f"{path} does not exist; give a folder of images, an .npz file or a model directory."
         )
-    if (path / "config.json").is_file() and read_json(path / "config.json").get("kind") == "model":
+    kind = read_json(path / "config.json").get("kind") if (path / "config.json").is_file() else None
+    if kind in ("model", "components") or (path / "run.json").is_file():
         return GeneratedImages(path, count, sampling or SampleConfig(), classes=classes, per_class=PER_CLASS)
     if count:
         raise UsageError(
@@ -78,7 +79,7 @@ def open_reference(
     as in DataConfig.
     """
     path = Path(source).expanduser()
-    picks = bool(classes or per_class or groups)
+    picks = bool(classes or per_class or groups or split)
     if path.suffix == ".npz" or (path / "reference.json").is_file():
         if picks:
             raise UsageError(f"{source} is whole; classes or images cannot be picked from it.")

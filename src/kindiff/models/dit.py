@@ -154,7 +154,9 @@ class DiT(nn.Module):
         """
         folder = Path(directory)
         description = checkpoint.read_description(
-            folder, "model", wanted=f"a model of format {checkpoint.FORMAT} is wanted"
+            folder,
+            "model",
+            wanted=f"a model of format {checkpoint.FORMAT} is wanted (`kindiff recombine` makes one of parts)",
         )
         try:
             config = from_dict(DiTConfig, description.get("model"))

@@ -105,10 +105,10 @@ class Bench:
         recipe = replace(recipe, train=replace(recipe.train, device=self.device))
         trained = pretrain(recipe, folder)
         if recipe.method == "kind":
-            save_components(decompose(trained.model), folder / "parts")
+            save_components(decompose(trained.model), folder / "parts", autoencoder=trained.autoencoder)
 
     def train(self, cell: Cell) -> Record:
-        """Train a cell; score it on the validation images where there is a rate to choose, which the first seed does."""
+        """Train a cell; score it on the validation images where there is a rate to choose (by the first seed)."""
         method, task = self.study.methods[cell.method], self.study.tasks[cell.task]
         base, folder = self.work / "bases" / method.base, self.work / self.study.name / cell.name
         train = runtime.settled(replace(task.train, lr=cell.lr, seed=cell.seed, device=self.device))
@@ -120,7 +120,8 @@ class Bench:
                 recipe, parts = replace(method.transfer, data=task.data, train=train), base / "parts"
                 if method.cut:
                     parts = folder.with_name(f"{folder.name}--parts")
-                    save_components(decompose(cut(base, method.cut)), parts)
+                    whole = cut(base, method.cut)
+                    save_components(decompose(whole.model), parts, autoencoder=whole.autoencoder)
                 transfer(parts, recipe, folder)
             elif method.rival is not None:
                 recipe = AdaptConfig(data=task.data, rival=method.rival, train=train)
@@ -164,7 +165,9 @@ class Bench:
             },
             model=str((folder / "model").relative_to(self.work)),
         )
-        chooses = cell.seed == self.study.config.seeds[0] and len(self.study.rates(cell.task, cell.method)) > 1
+        chooses = (
+            cell.seed == self.study.config.seeds[0] and len(self.study.rates(cell.task, cell.method)) > 1
+        )
         if failed or not chooses:
             return record
         return replace(record, validation=Figures.of(self.score(record, "validation")))
@@ -197,22 +200,22 @@ class Bench:
     def reference(self, data: DataConfig) -> references.Reference:
         """Statistics of real images, made once and kept in the cache."""
         if data not in self.known:
-            self.known[data] = self._reference(data)
+            images, folder = from_set(open_images(data), data.source), runtime.cache_folder() / "references"
+            self.known[data] = references.build(images, self.features, folder)
         return self.known[data]
-
-    def _reference(self, data: DataConfig) -> references.Reference:
-        images = from_set(open_images(data), data.source)
-        with (self.locks / "references").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            return references.build(images, self.features, runtime.cache_folder() / "references")
 
 
 def _logged(folder: Path) -> tuple[float, float | None]:
-    """Seconds of training and the last logged loss, from a run's metrics."""
-    path = folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    seconds, before = 0.0, 0
-    for line in lines:
-        seconds += (line["images"] - before) / line["images_per_second"]
-        before = line["images"]
-    return round(seconds, 2), lines[-1]["loss"] if lines else None
+    """Seconds of training, those of a method's own first stage (a run below the run) included, and the last loss."""
+    seconds = 0.0
+    for path in sorted(folder.rglob("metrics.jsonl")):
+        before = 0
+        for line in _lines(path):
+            seconds += (line["images"] - before) / line["images_per_second"]
+            before = line["images"]
+    own = _lines(folder / "metrics.jsonl")
+    return round(seconds, 2), own[-1]["loss"] if own else None
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []

@@ -9,7 +9,7 @@ from kindiff.classes import ClassSet
 from kindiff.components import Components, factorize, load_components
 from kindiff.config import KindConfig, PretrainConfig
 from kindiff.data import open_samples
-from kindiff.models import DiT
+from kindiff.pipeline import DiTPipeline
 from kindiff.study.config import RecombineConfig
 from kindiff.train import pretrain
 from kindiff.train.starting import with_classes
@@ -22,7 +22,7 @@ def smaller(recipe: PretrainConfig, base: Path, config: RecombineConfig, folder:
     into the run directory `folder`. Returns the recipe of that training.
     """
     classes = open_samples(recipe.data).classes.names
-    kind = recipe.kind
+    kind, before = recipe.kind, DiTPipeline.from_pretrained(base / "model")
     if recipe.method == "kind":
         parts = load_components(base / "parts", classes)
         if not config.tailors:
@@ -40,14 +40,14 @@ def smaller(recipe: PretrainConfig, base: Path, config: RecombineConfig, folder:
             targets=parts.targets,
         )
     else:
-        whole = DiT.from_pretrained(base / "model")
+        whole = before.model
         shape = dataclasses.replace(whole.config, num_classes=len(classes))
         model = with_classes(whole, shape, ClassSet(classes), base / "model")
         if config.learngene_rank:
             kind = cut_config(config.learngene_rank)
             model = factorize(model, kind)
     if not config.train:
-        model.save_pretrained(folder / "model")
+        DiTPipeline(model, before.autoencoder).save_pretrained(folder / "model")
         return recipe
     start = folder.with_name(f"{folder.name}--start")
     model.save_pretrained(start)
@@ -61,9 +61,10 @@ def smaller(recipe: PretrainConfig, base: Path, config: RecombineConfig, folder:
     return recipe
 
 
-def cut(base: Path, rank: int) -> DiT:
-    """A dense base's model with the largest `rank` components of each matrix (SVD) and no tailors."""
-    return factorize(DiT.from_pretrained(base / "model"), cut_config(rank))
+def cut(base: Path, rank: int) -> DiTPipeline:
+    """A dense base with the largest `rank` components of each of its model's matrices (SVD) and no tailors."""
+    whole = DiTPipeline.from_pretrained(base / "model")
+    return DiTPipeline(factorize(whole.model, cut_config(rank)), whole.autoencoder)
 
 
 def cut_config(rank: int) -> KindConfig:

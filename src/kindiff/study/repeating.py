@@ -31,7 +31,7 @@ def compared(before: Sequence[Record], after: Sequence[Record]) -> str:
     for row in best_rows([r for r in after if (r.task, r.method) in there]):
         old = there[row.task, row.method]
         apart = abs(row.distance_mean - old.distance_mean)
-        meets = apart <= old.distance_spread + (row.distance_spread if row.seeds > 1 else 0.0)
+        meets = apart <= sum(r.distance_spread for r in (old, row) if r.seeds > 1)  # one seed has no spread
         met += meets
         lines.append(
             (

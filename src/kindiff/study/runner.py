@@ -60,7 +60,8 @@ def run_workers(
     logs = work / study.name
     logs.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // workers)
-    gpus = torch.cuda.device_count()
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    gpus = [names[i] if i < len(names) and names[i] else str(i) for i in range(torch.cuda.device_count())]
     processes: dict[Path, subprocess.Popen[bytes]] = {}
     failed: set[Path] = set()
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -68,7 +69,7 @@ def run_workers(
         for i in range(workers):
             own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
             if gpus:
-                own["CUDA_VISIBLE_DEVICES"] = str(i % gpus)
+                own["CUDA_VISIBLE_DEVICES"] = gpus[i % len(gpus)]
             path = logs / f"worker-{i}.log"
             with path.open("a") as log:
                 processes[path] = subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log)

@@ -18,7 +18,7 @@ from kindiff.progress import say
 from kindiff.rivals import LEARNGENE, densified, load_learngene, merged, save_adapter, start
 from kindiff.rivals.learngenes import BANKS
 from kindiff.runtime import settled
-from kindiff.train.loop import fit
+from kindiff.train.loop import check_batch, fit
 from kindiff.train.preparing import choose_blocks, part_of, sigma_first
 from kindiff.train.run import Run, is_finished
 from kindiff.train.transferring import check_fit
@@ -38,6 +38,7 @@ def adapt(
     """
     config = replace(config, train=settled(config.train))
     with joined() as ranks:
+        check_batch(config.train, ranks)
         if samples is None:
             samples = ranks.in_turn(lambda: open_samples(config.data))
         base = DiT.from_pretrained(base_directory)

@@ -40,8 +40,9 @@ from kindiff.data.workers import ordered_map, usable_cores
 from kindiff.errors import BadFileError, UsageError
 from kindiff.models.autoencoder_kl import AutoencoderKL
 from kindiff.models.codec import Codec, open_codec
+from kindiff.parallel import place
 from kindiff.progress import Track, say
-from kindiff.runtime import device_of, settled
+from kindiff.runtime import device_of, exact_convolutions, settled
 from kindiff.train.autoencoder import train_autoencoder
 
 FREE = ("workers", "device")
@@ -58,8 +59,7 @@ def encode(config: EncodeConfig, out: str | Path) -> LatentSet:
     image where data.strict is set; unreadable images are skipped and listed in the manifest otherwise.
     """
     out = Path(out).absolute()
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0")) if ranks > 1 else 0
+    rank, ranks = place()
     if not config.autoencoder:
         config = settled(config)
     settings = {key: value for key, value in to_dict(config).items() if key not in FREE}
@@ -99,15 +99,20 @@ def _whole(config: EncodeConfig, out: Path, settings: dict[str, Any], rank: int)
         _clean(out)
         if numbers:
             _make_shards(config, out, open_source(config.data), manifest.autoencoder.sha256, numbers)
-            for number in numbers:
-                if checkpoint.read_json(_record(out, number))["sha256"] != manifest.shards[number].sha256:
-                    raise BadFileError(
-                        f"{out / shard_file(number)} was made anew and is another one: the images, or the machine's "
-                        "arithmetic, are not those of the other shards. Encode everything again."
-                    )
+            records = {number: checkpoint.read_json(_record(out, number)) for number in numbers}
+            others = [n for n, record in records.items() if record["sha256"] != manifest.shards[n].sha256]
+            for number in others:  # else the same call would find it there
+                (out / shard_file(number)).unlink()
             _clean(out)
+            if others:
+                raise BadFileError(
+                    f"{out / shard_file(others[0])} was made anew and is another one: the images, or the machine's "
+                    "arithmetic, are not those of the other shards. Encode everything again."
+                )
         else:
             say(f"{out} is there already")
+    while not all((out / shard_file(number)).is_file() for number in numbers):
+        time.sleep(0.2)
     return LatentSet.open(out)
 
 
@@ -148,7 +153,8 @@ def encode_shard(task: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
 def _moments(codec: Codec, x_BHWC: np.ndarray, device: torch.device) -> np.ndarray:
     """(B, 2, 2, C, h, w) float32: as it is and mirrored, mean and log-variance."""
     x_BCHW = torch.from_numpy(as_input(x_BHWC)).to(device)
-    pairs = [torch.stack(codec.encode(x), dim=1) for x in (x_BCHW, x_BCHW.flip(3))]
+    with exact_convolutions():
+        pairs = [torch.stack(codec.encode(x), dim=1) for x in (x_BCHW, x_BCHW.flip(3))]
     return torch.stack(pairs, dim=1).cpu().numpy()
 
 
@@ -162,8 +168,6 @@ def _make_shards(
 ) -> None:
     """The shards of these numbers that are not there yet."""
     device = device_of(config.device)
-    if device.type == "cuda" and config.device == "auto":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     lacking = [number for number in numbers if not _is_whole(out, number, fingerprint)]
     spans = [(n * config.per_shard, min((n + 1) * config.per_shard, len(source))) for n in lacking]
     tasks = [

@@ -23,6 +23,7 @@ from kindiff.data.sets import SampleSet
 from kindiff.diffusion import loss_of
 from kindiff.errors import UsageError
 from kindiff.models.dit import DiT
+from kindiff.parallel import Ranks
 from kindiff.progress import Track, say
 from kindiff.runtime import device_of
 from kindiff.train.capsule import capsule_of, write_capsule
@@ -52,22 +53,26 @@ class Job:
     run: Run
 
 
+def check_batch(config: TrainConfig, ranks: Ranks) -> None:
+    """UsageError for a batch that does not divide among the ranks and their parts; before a run is begun."""
+    if config.batch % (config.accumulate * ranks.count):
+        raise UsageError(
+            f"a batch of {config.batch} does not divide among {ranks.count} ranks and {config.accumulate} parts; "
+            f"make it a multiple of {config.accumulate * ranks.count}."
+        )
+
+
 def fit(
     model: DiT, samples: SampleSet, objective: ObjectiveConfig, config: TrainConfig, run: Run, flip: bool
 ) -> DiT:
     """Train what requires gradients; returns the EMA model. Resumes from the run's newest whole checkpoint.
 
     A step whose loss or gradient is not finite is not taken: the run goes back to its newest checkpoint and leaves
-    a window of steps out, config.rollbacks times, then raises NotFinite. Raises Interrupted after SIGINT or SIGTERM,
-    UsageError for a batch that does not divide among run.ranks.
+    a window of steps out, config.rollbacks times, then raises NotFinite. Raises Interrupted after SIGINT or SIGTERM.
     """
     job = Job(samples=samples, objective=objective, config=config, flip=flip, run=run)
-    if config.batch % (config.accumulate * run.ranks.count):
-        raise UsageError(
-            f"a batch of {config.batch} does not divide among {run.ranks.count} ranks and {config.accumulate} parts; "
-            f"make it a multiple of {config.accumulate * run.ranks.count}."
-        )
     run.count(model)
+    say(f"{len(samples):,} samples of {len(samples.classes)} classes")
     device = device_of(config.device)
     model.to(device).train()
     model.recompute = config.recompute
@@ -101,7 +106,7 @@ def _train(job: Job, state: State, saver: Saver, stop: list[int], writer: Any, f
         batch=config.batch, flip=job.flip, workers=config.workers, left_out=left_out, rank=ranks.rank,
         ranks=ranks.count,
     )  # fmt: skip
-    started = time.monotonic()
+    started, taken = time.monotonic(), 0  # steps since: a checkpoint's are not of this time
 
     with Track("training", config.steps * config.batch, unit="images", done=first * config.batch) as track:
         for step in range(first, config.steps):
@@ -122,7 +127,7 @@ def _train(job: Job, state: State, saver: Saver, stop: list[int], writer: Any, f
                 factor = factor_of(step, config)
                 work.move(factor, slots, ids)
                 state.ema.update(step)
-                state.loss_sum, state.since = state.loss_sum + loss, state.since + 1
+                state.loss_sum, state.since, taken = state.loss_sum + loss, state.since + 1, taken + 1
 
             # Log and save.
             done = step + 1
@@ -131,14 +136,14 @@ def _train(job: Job, state: State, saver: Saver, stop: list[int], writer: Any, f
                 seconds = time.monotonic() - started
                 metrics = {
                     "step": done, "images": done * config.batch, "loss": mean, "lr": config.lr * factor,
-                    "gradient_norm": float(norm), "images_per_second": state.since * config.batch / seconds,
+                    "gradient_norm": float(norm), "images_per_second": taken * config.batch / seconds,
                 }  # fmt: skip
                 job.run.log(metrics)
                 if writer is not None:
                     for name, value in metrics.items():
                         writer.add_scalar(name, value, done)
                 state.loss_sum, state.since = torch.zeros((), device=device), 0
-                started = time.monotonic()
+                started, taken = time.monotonic(), 0
                 track.note = f"loss {mean:.4f}"
             track.advance(config.batch)
             stopping = ranks.most(stop[0] if stop else 0)

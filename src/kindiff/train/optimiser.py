@@ -137,8 +137,9 @@ class Optimiser:
         """The step's tailors, while they stand apart from their banks."""
         self.tailors, self.classes = RowAdam(list(tailors.values())), RowAdam(list(classes.values()))
         components = {f"{name}.{leaf}" for name, _ in model.named_matrices() for leaf in ("u", "sigma", "v")}
-        decays = [p for n, p in self.shared.items() if p.ndim > 1 and n not in components]
-        others = [p for n, p in self.shared.items() if p.ndim <= 1 or n in components]
+        exempt = {n for n, p in self.shared.items() if p.ndim <= 1 or n in components or _is_bias(n)}
+        decays = [p for n, p in self.shared.items() if n not in exempt]
+        others = [p for n, p in self.shared.items() if n in exempt]
         groups = [
             {"params": decays, "weight_decay": config.weight_decay},
             {"params": others, "weight_decay": 0.0},
@@ -152,8 +153,10 @@ class Optimiser:
         )
 
     def slots_on(self, gate_ids_B: Tensor) -> Tensor:
-        """The tailor slots that a batch (its ids on the host) trains, each once; none for a dense model."""
-        return torch.empty(0, dtype=torch.int64) if self.gate is None else self.gate.slots_on(gate_ids_B)  # type: ignore[operator]
+        """The tailor slots that a batch (its ids on the host) trains, each once; none where no tailor trains."""
+        if self.gate is None or not self.tailors.banks:
+            return torch.empty(0, dtype=torch.int64)
+        return self.gate.slots_on(gate_ids_B)  # type: ignore[operator]
 
     @contextlib.contextmanager
     def of_slots(self, slots: Tensor, images: int = 0) -> Iterator[None]:
@@ -238,3 +241,8 @@ def factor_of(step: int, config: TrainConfig) -> float:
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
     return local(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+
+
+def _is_bias(name: str) -> bool:
+    """Whether a tensor is biases or singular values, those of all blocks in one (FINE, WAVE) too."""
+    return name.rpartition(".")[2].startswith(("bias", "sigma"))

@@ -30,6 +30,7 @@ from kindiff.evaluate.cost import closed_macs, cost_table, total
 from kindiff.models.dit import DiT
 from kindiff.parallel import place
 from kindiff.progress import duration
+from kindiff.rivals.learngenes import BANKS, constrained
 from kindiff.runtime import device_of
 from kindiff.train.measuring import CPU_IMAGES, STEPS, measure
 from kindiff.train.memory import free, memory
@@ -101,13 +102,16 @@ def pretrain_plan(config: PretrainConfig) -> Plan:
         model = new_model(config, found.samples)
     else:
         model = outline(config, found)
-    what = "dense matrices"
+    what, finished = "dense matrices", model
+    if config.method in BANKS:
+        finished = outline(replace(config, method="dense"), found)
     if config.method == "kind":
         what = f"learngene rank {config.kind.learngene_rank}, tailor rank {config.kind.tailor_rank}"
     on_device = (lambda device: outline(config, found, device)) if not config.init else model.to
     return _plan(
-        model, what, found, config.objective, config.train, flip=config.data.flip, to_measure=on_device
-    )
+        model, what, found, config.objective, config.train, flip=config.data.flip, to_measure=on_device,
+        finished=finished,
+    )  # fmt: skip
 
 
 def transfer_plan(parts: Path, config: TransferConfig) -> Plan:
@@ -148,15 +152,9 @@ def transfer_plan(parts: Path, config: TransferConfig) -> Plan:
         finished = _transferred(shape, rank, config.rank, replace(config, trains="components"), found.classes)
     what = f"learngene rank {rank} (frozen), {what}"
     return _plan(
-        model,
-        what,
-        found,
-        objective,
-        config.train,
-        flip=config.data.flip,
-        to_measure=to_measure,
+        model, what, found, objective, config.train, flip=config.data.flip, to_measure=to_measure,
         finished=finished,
-    )
+    )  # fmt: skip
 
 
 def expected(data: DataConfig) -> Expected:
@@ -189,6 +187,8 @@ def outline(config: PretrainConfig, found: Expected, device: torch.device | None
     with torch.device(device or "meta"), torch.random.fork_rng(devices=[]):
         if config.method == "dense":
             return DiT(shape, classes=found.classes)
+        if config.method in BANKS:
+            return constrained(shape, found.classes, config.method)
         superclasses = None
         if config.superclasses:
             superclasses = superclass_of(found.classes.names, read_grouping(config.superclasses))
@@ -243,10 +243,10 @@ def _plan(
     *,
     flip: bool,
     to_measure: Callable[[torch.device], DiT] | None,
-    finished: DiT | None = None,
+    finished: DiT,
 ) -> Plan:
     """finished: what the model that trains becomes, where that is another."""
-    cost, shape, device = total(cost_table(finished or model)), model.config, device_of(config.device)
+    cost, shape, device = total(cost_table(finished)), model.config, device_of(config.device)
     images = config.batch // (place()[1] * config.accumulate)
     seen = config.steps * config.batch
     epochs = "" if found.samples is None else f", {seen / len(found.samples):.1f} epochs"
@@ -283,9 +283,11 @@ def _time(
         return f"not measured: a step needs about {_gib(needed)} and {_gib(there)} are free on {device}"
     found = measure(to_measure(device), samples, objective, config, flip=flip, images=images)
     step = found.step(share, config.workers)
+    plain = ", neither compiled nor recorded" if config.compile or config.record else ""
     return (
         f"{step:.3g} s a step, about {duration(step * config.steps)} in all (median of {STEPS} steps of {images} "
-        f"images on {device}: loading {found.loading:.3g} s, passes {found.passes:.3g} s, update {found.update:.3g} s)"
+        f"images on {device}{plain}: loading {found.loading:.3g} s, passes {found.passes:.3g} s, "
+        f"update {found.update:.3g} s)"
     )
 
 

@@ -79,9 +79,11 @@ class Run:
             if is_dataclass(config) and isinstance(before, dict):
                 before = before | {"config": with_defaults(before.get("config"), type(config))}
             if difference := _difference(before, description):
+                trained = self.finished and description.get("command") == "pretrain"
+                further = f" (with `--init {self.model}` to go on from its model)" if trained else ""
                 raise UsageError(
-                    f"{self.folder} holds a run with other settings ({difference}); use another folder, or the "
-                    "same settings to resume."
+                    f"{self.folder} holds a run with other settings ({difference}); use another folder{further}, or "
+                    "the same settings to resume."
                 )
             if not self.finished:
                 self._lock()

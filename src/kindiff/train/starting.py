@@ -98,7 +98,9 @@ def with_classes(model: DiT, shape: DiTConfig, classes: ClassSet, folder: Path) 
             f"({len(lacking)} of {len(classes)} are missing); choose data.classes among its {len(names)}."
         )
     if model.structure is not None and names != classes.names:
-        return decompose(model).recombine(classes.names, layers="factored")
+        some = decompose(model).recombine(classes.names, layers="factored")
+        some.config = shape
+        return some
     ids = [names.index(name) for name in classes.names] + [len(names)]
     state = model.state_dict()
     state["class_embed.weight"] = state["class_embed.weight"][ids].clone()

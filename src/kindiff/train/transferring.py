@@ -21,7 +21,7 @@ from kindiff.pipeline import DiTPipeline
 from kindiff.progress import Track, say
 from kindiff.randomness import Purpose, stream
 from kindiff.runtime import settled
-from kindiff.train.loop import fit
+from kindiff.train.loop import check_batch, fit
 from kindiff.train.run import Run, is_finished
 
 PROBES = 32
@@ -37,6 +37,7 @@ def transfer(parts_directory: str | Path, config: TransferConfig, out: str | Pat
     """
     config = replace(config, train=settled(config.train))
     with joined() as ranks:
+        check_batch(config.train, ranks)
         samples = ranks.in_turn(lambda: open_samples(config.data))
         parts = load_components(parts_directory, classes=None if config.init == "nearest" else ())
         check_fit(parts.config, samples)
