@@ -148,12 +148,10 @@ def _read_tailor(
             key, (features_out, features_in) = f"blocks.{i}.{matrix}", config.matrix_shape(matrix)
             rank = tensors.get(f"{key}.sigma", torch.empty(0)).numel()
             shapes = {"u": (rank, features_out), "sigma": (rank,), "v": (rank, features_in)}
-            if any(
-                f"{key}.{leaf}" in tensors for leaf in shapes
-            ):  # a tailor may stand in some of the targets
-                wanted |= {
-                    f"{key}.{leaf}": torch.empty(shape, device="meta") for leaf, shape in shapes.items()
-                }
+            # A tailor may stand in some of the targets.
+            if any(f"{key}.{leaf}" in tensors for leaf in shapes):
+                for leaf, shape in shapes.items():
+                    wanted[f"{key}.{leaf}"] = torch.empty(shape, device="meta")
     checkpoint.check_tensors(path, tensors, wanted)
     checkpoint.check_hash(path, tensors, metadata.get("sha256"))
     return tensors

@@ -83,6 +83,7 @@ def _load(path: Path | BinaryIO, size: int) -> Image.Image:
 
 
 def over_white(image: Image.Image) -> Image.Image:
+    """RGB of 8 bits, what is transparent white; UnreadableError for pixels without a defined range."""
     from PIL import Image
 
     if image.mode.startswith("I;16"):  # Pillow clips 16 bits at 255 instead of scaling them
