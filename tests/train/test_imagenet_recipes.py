@@ -164,4 +164,4 @@ def test_real_steps(size: str, small: Path, tmp_path: Path, capsys, monkeypatch)
         )
     )  # fmt: skip
     assert score["protocol"]["classes"] == list(groups.split("novel-5"))
-    assert score["protocol"]["sampler"] == "ddpm"
+    assert score["protocol"]["sampler"] == "ddpm, even"
