@@ -2,24 +2,29 @@
 
     python benchmarks/allocator.py
 
-Training and guided sampling steps of dense models and of components, printed: milliseconds a step (median) and page
-faults a step of each process, and how many times as fast keeping is (ratio of the medians over the processes).
+Guided sampling steps, or training steps, of dense models and of components: milliseconds a step (median) and page
+faults a step of each process, and how many times as fast keeping is (ratio of the medians over the processes). Results
+go to benchmarks/results/allocator.json.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
 from models import guided_run, make, step_run
-from speed import model_pair, sampler
+from speed import model_pair, sampler, save
 
 from kindiff.allocator import keep_memory
 
@@ -30,6 +35,8 @@ DEVICE = torch.device("cpu")
 class Args:
     models: tuple[str, ...] = ("DiT-S", "DiT-B")
     """Which."""
+    modes: tuple[Literal["sample", "train"], ...] = ("sample",)
+    """What they do."""
     batch: int = 8
     """Images a batch (256 tokens each); guidance doubles them."""
     steps: int = 4
@@ -37,7 +44,9 @@ class Args:
     processes: int = 3
     """Of each kind."""
     one: tuple[str, ...] = ()
-    """One process's part: model, variant, train or sample, keep or not."""
+    """One process's part: model, variant, train or sample, keep or leave."""
+    out: Path | None = None
+    """Where the JSON goes."""
 
 
 def step(args: Args, name: str, variant: str, mode: str, keep: str) -> None:
@@ -67,25 +76,19 @@ def main(args: Args) -> None:
     if args.one:
         step(args, *args.one)
         return
-    rest = ["--batch", str(args.batch), "--steps", str(args.steps)]
-    for name in args.models:
-        for variant in ("dense", "kind"):
-            for mode in ("train", "sample"):
-                found: dict[str, list[tuple[float, float]]] = {"leave": [], "keep": []}
-                for _ in range(args.processes):
-                    for keep, rows in found.items():
-                        command = [sys.executable, __file__, *rest, "--one", name, variant, mode, keep]
-                        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                        milliseconds, faults = map(float, text.split())
-                        rows.append((milliseconds, faults))
-                left, kept = (statistics.median(row[0] for row in rows) for rows in found.values())
-                print(f"{name}/2 {variant} {mode}: {left / kept:.2f}")
-                for keep, rows in found.items():
-                    print(
-                        f"    {keep:<6}",
-                        ", ".join(f"{ms:.0f} ms {n:.0f} faults" for ms, n in rows),
-                        flush=True,
-                    )
+    rest, rows = ["--batch", str(args.batch), "--steps", str(args.steps)], []
+    for name, variant, mode in itertools.product(args.models, ("dense", "kind"), args.modes):
+        found: dict[str, list[list[float]]] = {"leave": [], "keep": []}
+        for _ in range(args.processes):
+            for keep, processes in found.items():
+                command = [sys.executable, __file__, *rest, "--one", name, variant, mode, keep]
+                text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                processes.append([float(number) for number in text.split()])
+        left, kept = (statistics.median(ms for ms, _ in processes) for processes in found.values())
+        row = {"what": f"{name}/2", "variant": variant, "mode": mode, "leave / keep": left / kept}
+        rows.append(row | {f"{keep}: milliseconds, page faults": numbers for keep, numbers in found.items()})
+        print(json.dumps(rows[-1]), flush=True)
+        save("allocator", DEVICE, args.out, rows=rows, batch=args.batch, steps=args.steps)  # as it comes
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,17 @@ COMMANDS = (
     "models.py profile --model DiT-T --rounds 1",
     "strategies.py --rounds 1 --images 4 --tokens 16",
 )
+
+
+@pytest.mark.slow
+def test_the_allocators_benchmark_runs(tmp_path: Path) -> None:
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("another C library")
+    few = ["--models", "DiT-T", "--modes", "sample", "--batch", "1", "--steps", "1", "--processes", "1"]
+    out = tmp_path / "figures.json"
+    subprocess.run([sys.executable, "benchmarks/allocator.py", *few, "--out", str(out)], cwd=ROOT, check=True)
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["variant"], row["leave / keep"] > 0) for row in rows] == [("dense", True), ("kind", True)]
 
 
 @pytest.mark.slow
