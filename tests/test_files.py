@@ -422,13 +422,18 @@ def test_of_foreign_files_only_what_diffusers_wrote_alike_is_replaced(tmp_path: 
         "transformer": {"config.json": '{"_class_name": "DiTTransformer2DModel"}'},
         "pipeline": {"model_index.json": '{"_class_name": "DiTPipeline"}'},
         "pipelines": {"owl/model_index.json": '{"_class_name": "DiTPipeline"}'},
+        "others": {"sd/model_index.json": '{"_class_name": "StableDiffusionPipeline"}'},
+        "mixed": {
+            "owl/model_index.json": '{"_class_name": "DiTPipeline"}',
+            "thesis/thesis.tex": "precious",
+        },
     }
     for name, files in sorts.items():
         write(name, files)
     before = files_of(tmp_path)
     for target in sorts:
         for sort, files in sorts.items():
-            if target != sort or target in ("thesis", "bert"):
+            if target != sort or target in ("thesis", "bert", "mixed"):
                 with pytest.raises(UsageError, match="give another path or remove it"):
                     write(target, files)
     assert files_of(tmp_path) == before

@@ -30,6 +30,8 @@ _SAFETENSORS_NAMES = {  # in the order in which the library writes them
     torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 PICTURES, UNKNOWN = "pictures", "unknown"
+INDEX = "model_index.json"
+"""Of a folder that diffusers wrote."""
 
 
 @contextlib.contextmanager
@@ -88,7 +90,7 @@ def check_replaceable(target: Path, sort: str) -> None:
 def sort_of(folder: Path) -> str:
     """What a directory of ours, or of diffusers', is by its description: two of one sort may replace each other, but
     for UNKNOWN ones."""
-    for name in ("model_index.json", "config.json", "manifest.json", "reference.json"):
+    for name in (INDEX, "config.json", "manifest.json", "reference.json"):
         if (folder / name).is_file():
             try:
                 description = read_json(folder / name)
@@ -96,9 +98,9 @@ def sort_of(folder: Path) -> str:
                 return f"damaged {name}"
             kind = description.get("kind") or description.get("_class_name")
             return f"{name} of kind {kind}" if kind or name == "reference.json" else UNKNOWN
-    inside = list(folder.iterdir())
-    if inside and all((path / "model_index.json").is_file() for path in inside):
-        return "pipelines"
+    inside = {sort_of(path) if (path / INDEX).is_file() else UNKNOWN for path in folder.iterdir()}
+    if len(inside) == 1 and inside != {UNKNOWN}:
+        return f"folders with {inside.pop()}"
     names = {path.name for path in folder.rglob("*") if not path.is_dir()}
     return PICTURES if all(re.fullmatch(r"\d{6}\.png", name) for name in names) else UNKNOWN
 

@@ -23,7 +23,7 @@ from kindiff.models.dit import DiT
 from kindiff.models.layers import Gating
 from kindiff.parallel import ALONE, Ranks
 from kindiff.randomness import Purpose, stream
-from kindiff.runtime import autocast, device_of
+from kindiff.runtime import autocast, device_of, exact_convolutions
 
 
 class DiTPipeline:
@@ -126,7 +126,8 @@ class DiTPipeline:
         with autocast(device, config.precision):
             x = draw(predict, new_noise)
             if self.autoencoder is not None:
-                x = self.autoencoder.decode(x)
+                with exact_convolutions():
+                    x = self.autoencoder.decode(x)
         return to_uint8(x)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -82,11 +83,18 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision_on(device, precision) == "bf16")
 
 
-def exact_convolutions() -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def exact_convolutions() -> Iterator[None]:
     """Around float32 convolutions that are to be float32 on a GPU too, whose cuDNN else rounds factors to TF32."""
     import torch
 
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before
 
 
 def versions() -> dict[str, str]:

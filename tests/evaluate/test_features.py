@@ -125,10 +125,10 @@ def test_convolutions_of_features_are_not_rounded_to_tf32() -> None:
     seen = []
 
     def network(images: np.ndarray) -> dict[str, np.ndarray]:
-        seen.append(torch.backends.cudnn.allow_tf32)
+        seen.append(torch.backends.cudnn.conv.fp32_precision)
         return {"pool": np.zeros((len(images), 2), np.float32)}
 
-    before = torch.backends.cudnn.allow_tf32
+    before = torch.backends.cudnn.conv.fp32_precision
     extract(CallableFeatures(name="x", function=network, version="1"), np.zeros((2, 4, 4, 3), np.uint8))
-    assert seen == [False]
-    assert torch.backends.cudnn.allow_tf32 == before
+    assert seen == ["ieee"]
+    assert torch.backends.cudnn.conv.fp32_precision == before != "ieee"

@@ -112,7 +112,8 @@ class ComponentModel(nn.Module):
         rows = self.classes.rows
         if condition.device.type == "cpu" and not bool(((condition >= 0) & (condition < rows)).all()):
             raise UsageError(f"class ids are 0 to {rows - 1} (the null class), not {condition.tolist()}.")
-        return self.gate(condition, condition)
+        ids_B = condition.to(self.gate.slots_CK.device)
+        return self.gate(ids_B, ids_B)
 
 
 def factorize_modules(

@@ -156,14 +156,15 @@ def build(
     """
     key = digest([FORMAT, identity(images, features), keep])[:16]
     target, work = folder / key, folder / f"{key}.work"
-    with alone(target):
-        if target.exists():
-            return replace_name(load(target), images.name)
-        found = compute(images, features, work, batch=batch, progress=progress)
-        reference = from_features(images, features, found, keep)
-        save(reference, target)
-        shutil.rmtree(work)
-    return reference
+    if not target.exists():
+        with alone(target):
+            if not target.exists():
+                found = compute(images, features, work, batch=batch, progress=progress)
+                reference = from_features(images, features, found, keep)
+                save(reference, target)
+                shutil.rmtree(work)
+                return reference
+    return replace_name(load(target), images.name)
 
 
 def from_features(images: Images, features: Features, found: FeatureSet, keep: int = KEPT) -> Reference:

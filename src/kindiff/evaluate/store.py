@@ -74,9 +74,14 @@ class FeatureSet:
         return builder.build()
 
 
+EXTRACTION = 2
+"""Raised when the same image and network give other features, so that no old ones are taken for new."""
+
+
 def identity(images: Images, features: Features) -> dict[str, object]:
     """What the features depend on: the images, the network, its input."""
     return {
+        "extraction": EXTRACTION,
         "images": images.sha256,
         "count": len(images),
         "features": features.name,

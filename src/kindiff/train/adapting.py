@@ -38,7 +38,8 @@ def adapt(
     """
     config = replace(config, train=settled(config.train))
     with joined() as ranks:
-        check_batch(config.train, ranks)
+        if not is_finished(out):
+            check_batch(config.train, ranks)
         if samples is None:
             samples = ranks.in_turn(lambda: open_samples(config.data))
         base = DiT.from_pretrained(base_directory)

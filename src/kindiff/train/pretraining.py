@@ -16,7 +16,7 @@ from kindiff.rivals import LEARNGENE, densified, save_learngene
 from kindiff.rivals.learngenes import BANKS
 from kindiff.runtime import settled
 from kindiff.train.loop import check_batch, fit
-from kindiff.train.run import Run
+from kindiff.train.run import Run, is_finished
 from kindiff.train.starting import init_hash, starting_model
 
 
@@ -43,7 +43,8 @@ def pretrain(config: PretrainConfig, out: str | Path) -> DiTPipeline:
     """
     config = replace(config, train=settled(config.train))
     with joined() as ranks:
-        check_batch(config.train, ranks)
+        if not is_finished(out):
+            check_batch(config.train, ranks)
         samples = ranks.in_turn(lambda: open_samples(config.data))
         model = new_model(config, samples)
         description = {"command": "pretrain", "config": config, "data": samples.sha256}

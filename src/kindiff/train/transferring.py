@@ -37,7 +37,8 @@ def transfer(parts_directory: str | Path, config: TransferConfig, out: str | Pat
     """
     config = replace(config, train=settled(config.train))
     with joined() as ranks:
-        check_batch(config.train, ranks)
+        if not is_finished(out):
+            check_batch(config.train, ranks)
         samples = ranks.in_turn(lambda: open_samples(config.data))
         parts = load_components(parts_directory, classes=None if config.init == "nearest" else ())
         check_fit(parts.config, samples)
