@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 import tyro
 from models import guided_run, make, step_run
-from speed import model_pair, sampler, save
+from speed import sampler, save
 
 from kindiff.allocator import keep_memory
 
@@ -54,11 +54,10 @@ def step(args: Args, name: str, variant: str, mode: str, keep: str) -> None:
     if keep == "keep":
         assert keep_memory(), "needs glibc, and no MALLOC_ settings of its own in the environment"
     model = make(name, variant)
-    config = model_pair(name, 1, depth=1)[0].config
     if mode == "train":
-        run = step_run(model, config, args.batch, torch.float32, DEVICE)
+        run = step_run(model, model.config, args.batch, torch.float32, DEVICE)
     else:
-        run = guided_run(model, config, args.batch, DEVICE, False)
+        run = guided_run(model, model.config, args.batch, DEVICE, False)
     times = []
     with sampler(torch.float32, DEVICE) if mode == "sample" else contextlib.nullcontext():
         run()

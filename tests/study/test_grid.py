@@ -68,6 +68,8 @@ def test_a_repetition_has_the_chosen_rates_alone_and_is_compared_with_what_the_t
         "",
         "1 of 2 distances came again within their spreads.",
     ]
+    earlier = [replace(r, validation=None) for r in of("kind", 9.0, lr=0.01)]  # chosen then
+    assert compared(before, [*earlier, *after]) == compared(before, after)
     once = of("kind", 3.0)
     assert "1 of 1 distances came again" in compared(once, once)
     with pytest.raises(FileNotFoundError, match="has no scored cell to repeat"):

@@ -63,9 +63,7 @@ def run(args: Args) -> None:
         before = [r for r in read_records(study.results) if study.picks(r.task, r.method, args.only)]
         again = repetition(study, before, args.work.absolute())
         _work(again, args)
-        chosen = again.chosen or {}  # an earlier repetition may have been of other rates
-        after = [r for r in read_records(again.results) if chosen.get((r.task, r.method)) == r.lr]
-        print(compared(before, after))
+        print(compared(before, read_records(again.results)))
         return
     if args.action == "plan":
         from kindiff.study.runner import pending

@@ -42,6 +42,7 @@ def open_samples(
             f"{path} does not exist; give a folder of images, an .npz file or a model directory."
         )
     kind = read_json(path / "config.json").get("kind") if (path / "config.json").is_file() else None
+    # Parts and a run, when they are read as a model, say what they are.
     if kind in ("model", "components") or (path / "run.json").is_file():
         return GeneratedImages(path, count, sampling or SampleConfig(), classes=classes, per_class=PER_CLASS)
     if count:

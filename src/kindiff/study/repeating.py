@@ -28,7 +28,9 @@ def compared(before: Sequence[Record], after: Sequence[Record]) -> str:
     whether the two intervals of mean and spread meet; then how many do."""
     there = {(row.task, row.method): row for row in best_rows(before)}
     lines, met = [], 0
-    for row in best_rows([r for r in after if (r.task, r.method) in there]):
+    # An earlier repetition may have been of other rates.
+    chosen = {pair: row.lr for pair, row in there.items()}
+    for row in best_rows([r for r in after if chosen.get((r.task, r.method)) == r.lr]):
         old = there[row.task, row.method]
         apart = abs(row.distance_mean - old.distance_mean)
         meets = apart <= sum(r.distance_spread for r in (old, row) if r.seeds > 1)  # one seed has no spread

@@ -38,8 +38,6 @@ def adapt(
     """
     config = replace(config, train=settled(config.train))
     with joined() as ranks:
-        if not is_finished(out):
-            check_batch(config.train, ranks)
         if samples is None:
             samples = ranks.in_turn(lambda: open_samples(config.data))
         base = DiT.from_pretrained(base_directory)
@@ -53,6 +51,7 @@ def adapt(
         # The model before the run's directory: a request that cannot be met leaves nothing behind.
         model = learngene = None
         if not is_finished(out):
+            check_batch(config.train, ranks)
             model = start(base, samples.classes, _with_blocks(config.rival), seed=config.train.seed)
             if config.rival.method in BANKS:
                 learngene = _learngene_of(base, base_directory, config.rival.method)

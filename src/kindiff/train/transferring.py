@@ -37,8 +37,6 @@ def transfer(parts_directory: str | Path, config: TransferConfig, out: str | Pat
     """
     config = replace(config, train=settled(config.train))
     with joined() as ranks:
-        if not is_finished(out):
-            check_batch(config.train, ranks)
         samples = ranks.in_turn(lambda: open_samples(config.data))
         parts = load_components(parts_directory, classes=None if config.init == "nearest" else ())
         check_fit(parts.config, samples)
@@ -49,7 +47,10 @@ def transfer(parts_directory: str | Path, config: TransferConfig, out: str | Pat
             "learngenes": parts.learngene_hash,
         }
         # The model before the run's directory: a request that cannot be met leaves nothing behind.
-        model = None if is_finished(out) else model_to_train(parts, samples, config)
+        model = None
+        if not is_finished(out):
+            check_batch(config.train, ranks)
+            model = model_to_train(parts, samples, config)
         with Run(Path(out), description, ranks) as run:
             if model is None:
                 say(f"{run.folder} is finished already")
