@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -325,21 +326,26 @@ def profile(args: Args, device: torch.device) -> list[dict[str, Any]]:
             model = make(name, label)
             config = model_pair(name, CLASSES, depth=1)[0].config
             run = step_run(model, config, args.batch, DTYPES[precision], device, compiled=gpu_)
-            run()  # compiles, makes the moments
-            with profiled(activities=[ProfilerActivity.CUDA if gpu_ else ProfilerActivity.CPU]) as found:
-                for _ in range(args.rounds):
+            times: Counter[str] = Counter()
+            calls: Counter[str] = Counter()
+            for _ in range(args.rounds):
+                run()  # compiles, makes the moments; later, gives back the profiler's memory, that torn up a step's
+                with profiled(activities=[ProfilerActivity.CUDA if gpu_ else ProfilerActivity.CPU]) as found:
                     run()
-                if gpu_:
-                    torch.cuda.synchronize()
-            times = {
-                e.key: (e.self_device_time_total if gpu_ else e.self_cpu_time_total) / 1e3 / args.rounds
-                for e in found.key_averages()
-            }
-            calls = {e.key: e.count // args.rounds for e in found.key_averages()}
-            total, largest = sum(times.values()), sorted(times.items(), key=lambda pair: -pair[1])[:40]
+                    if gpu_:
+                        torch.cuda.synchronize()
+                for e in found.key_averages():
+                    own = e.self_device_time_total if gpu_ else e.self_cpu_time_total
+                    times[e.key] += own / 1e3 / args.rounds
+                    calls[e.key] += e.count
+                del found
+            total, largest = sum(times.values()), times.most_common(40)
             print(f"{name}/2 {label}, {args.batch} images, {precision}: {total:.1f} ms a step")
             for key, time in largest:
-                print(f"    {time:8.2f} ms {time / total:6.1%} {calls[key]:5d} x  {key[:120]}", flush=True)
+                print(
+                    f"    {time:8.2f} ms {time / total:6.1%} {calls[key] // args.rounds:5d} x  {key[:120]}",
+                    flush=True,
+                )
             rows.append({"what": f"{name}/2", "variant": label, "dtype": precision, "milliseconds": total}
                         | {"operations": dict(largest)})  # fmt: skip
     return rows

@@ -16,7 +16,7 @@ import torch
 from small import write_study
 
 from kindiff.cli.main import main
-from kindiff.study.cells import _logged
+from kindiff.study.cells import logged
 from kindiff.study.config import read_study
 from kindiff.study.grid import progress
 from kindiff.study.records import read_records, write_record
@@ -126,4 +126,4 @@ def test_the_time_of_a_training_is_that_of_its_stages(tmp_path):
         (tmp_path / folder).mkdir()
         lines = [json.dumps({"images": n, "images_per_second": 8.0, "loss": float(n)}) for n in images]
         (tmp_path / folder / "metrics.jsonl").write_text("\n".join(lines))
-    assert _logged(tmp_path / "cell") == (10.0, 64.0)
+    assert logged(tmp_path / "cell") == (10.0, 64.0)

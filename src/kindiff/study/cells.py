@@ -134,7 +134,7 @@ class Bench:
         trained = (folder / "run.json").is_file()
         pipeline = DiTPipeline.from_pretrained(base / "model" if failed else folder / "model")
         cost = total(cost_table(pipeline.model))
-        seconds, loss = _logged(folder)
+        seconds, loss = logged(folder)
         record = Record(
             study=self.study.name,
             task=cell.task,
@@ -205,7 +205,7 @@ class Bench:
         return self.known[data]
 
 
-def _logged(folder: Path) -> tuple[float, float | None]:
+def logged(folder: Path) -> tuple[float, float | None]:
     """Seconds of training, those of a method's own first stage (a run below the run) included, and the last loss."""
     seconds = 0.0
     for path in sorted(folder.rglob("metrics.jsonl")):

@@ -1,0 +1,30 @@
+"""Layers that blocks of dense matrices and of components share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kindiff.models.layers import attend
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_attention_rounds_what_a_tuner_left_in_fp32_and_takes_the_same_way(requires_grad: bool) -> None:
+    torch.manual_seed(0)
+    wide = [torch.randn(2, 3, 8, 4, requires_grad=requires_grad) for _ in range(3)]
+    narrow = [part.detach().bfloat16().requires_grad_(requires_grad) for part in wide]
+    with torch.autocast("cpu", torch.bfloat16):
+        y, rounded = attend(*wide), attend(*narrow)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, rounded)
+    if requires_grad:
+        for part, other in zip(wide, narrow, strict=True):
+            (gradient,) = torch.autograd.grad(y.float().square().sum(), part, retain_graph=True)
+            (expected,) = torch.autograd.grad(rounded.float().square().sum(), other, retain_graph=True)
+            assert gradient.dtype == torch.float32
+            assert torch.equal(gradient, expected.float())
+
+
+def test_attention_without_autocast_stays_in_fp32() -> None:
+    parts = [torch.randn(2, 3, 8, 4) for _ in range(3)]
+    assert attend(*parts).dtype == torch.float32
