@@ -11,7 +11,7 @@ import torch
 
 from conftest import NAMES
 from kindiff.components import Components, decompose, mixture, set_strategy_
-from kindiff.components.strategy import choose
+from kindiff.components.strategy import MIXED_SLOTS, choose
 from kindiff.components.views import energies
 from kindiff.config import TrainConfig, TransferConfig
 from kindiff.errors import UsageError
@@ -114,7 +114,8 @@ def test_strategies_agree(model: DiT, inputs) -> None:
     for name, gradient in gradients.items():
         assert gradient.abs().sum() > 0, name
         torch.testing.assert_close(gradient, others[name], rtol=1e-9, atol=1e-14, msg=name)
-    for slots, name in ((4, "joined"), (5, "gathered")):
+    limit = int(2 * MIXED_SLOTS["cpu", torch.float32])
+    for slots, name in ((limit, "joined"), (limit + 1, "gathered")):
         rule = {
             "slots": slots,
             "components": 3,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from conftest import randomised
 from kindiff.components import ComponentLinear, decompose, factorize, fused, product, set_strategy_
-from kindiff.components.strategy import choose, explain
+from kindiff.components.strategy import JOINED_COLUMNS, choose, explain
 from kindiff.config import KindConfig
 from kindiff.errors import UsageError
 from kindiff.models import DiT, Gating
@@ -128,7 +128,9 @@ def test_the_rule() -> None:
     few = {"on": 1, "components": 4, "device": "cpu", "dtype": torch.float32, "training": True}
     assert choose("auto", slots=6, **few).name == "joined"
     assert choose("auto", slots=7, **few).name == "gathered"
-    assert choose("auto", slots=7, **few | {"dtype": torch.bfloat16}).name == "joined"
+    half, limit = few | {"dtype": torch.bfloat16}, JOINED_COLUMNS["cpu", torch.bfloat16] // 4  # the processor's
+    assert choose("auto", slots=limit, **half).name == "joined"
+    assert choose("auto", slots=limit + 1, **half).name == "gathered"
     assert choose("auto", slots=7, **few | {"on": 2}).name == "joined"
     assert choose("auto", slots=7, **few | {"components": 3}).name == "joined"
     assert choose("auto", slots=1, **few | {"training": False}).name == "gathered"

@@ -22,7 +22,7 @@ import torch
 from kindiff.components import fused
 from kindiff.config import MATRICES, DiTConfig
 from kindiff.errors import UsageError
-from kindiff.models.layers import Gating
+from kindiff.models.layers import MATRIX_UNITS, Gating
 
 if TYPE_CHECKING:
     from kindiff.components.linear import ComponentLinear
@@ -30,12 +30,16 @@ if TYPE_CHECKING:
 
 Choice = Literal["auto", "gathered", "fused", "joined"]
 
-JOINED_COLUMNS = {("cpu", torch.float32): 24, ("cpu", torch.bfloat16): 112}
+JOINED_COLUMNS = {("cpu", torch.float32): 24, ("cpu", torch.bfloat16): 112 if MATRIX_UNITS else 24}
 """Components of a bank (S N, for each slot that a sample has) up to which `joined` is faster than `gathered`: a narrow
-product costs as much whatever its few columns are. Measured: `python benchmarks/strategies.py`."""
+product costs as much whatever its few columns are. Measured: `python benchmarks/strategies.py`, with matrix units and
+without."""
 UNMEASURED_COLUMNS = 16
 """The same for other devices, until it is measured there."""
-MIXED_SLOTS = {("cpu", torch.float32): 2, ("cpu", torch.bfloat16): 4}
+MIXED_SLOTS = {
+    ("cpu", torch.float32): 2 if MATRIX_UNITS else 1.25,
+    ("cpu", torch.bfloat16): 4 if MATRIX_UNITS else 1.5,
+}
 """Slots of a mixture's bank, for each that a sample has, up to which all of them together are faster; on other devices,
 until it is measured there, 1. By the same command."""
 FACTORED_SHARE = 0.85
