@@ -97,7 +97,7 @@ def method_parts(piece: Piece, work: Path, args: Args) -> tuple[Piece, Parts]:
     )
     whole = time.perf_counter() - start
     found = []
-    for per_class in (1, args.per_class, 3 * args.per_class):  # the first for what is made once
+    for per_class in (args.per_class, args.per_class, 3 * args.per_class):  # the first for what is made once
         some = replace(bench, study=replace(study, config=replace(study.config, test_per_class=per_class)))
         start = time.perf_counter()
         count = Figures.of(some.score(record, "test")).count

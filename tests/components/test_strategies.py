@@ -128,7 +128,8 @@ def test_the_rule() -> None:
     few = {"on": 1, "components": 4, "device": "cpu", "dtype": torch.float32, "training": True}
     assert choose("auto", slots=6, **few).name == "joined"
     assert choose("auto", slots=7, **few).name == "gathered"
-    half, limit = few | {"dtype": torch.bfloat16}, JOINED_COLUMNS["cpu", torch.bfloat16] // 4  # the processor's
+    half = few | {"dtype": torch.bfloat16}
+    limit = JOINED_COLUMNS["cpu", torch.bfloat16] // 4  # this processor's
     assert choose("auto", slots=limit, **half).name == "joined"
     assert choose("auto", slots=limit + 1, **half).name == "gathered"
     assert choose("auto", slots=7, **few | {"on": 2}).name == "joined"

@@ -72,7 +72,8 @@ def attend(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor) -> Tensor:
     torch's fused kernel, except in bf16 on a CPU, where three plain operations are faster at these lengths: in
     training, and everywhere without matrix units (benchmarks/operations.py).
     """
-    q_BHTE, k_BHTE, v_BHTE = (compute_dtype(part) for part in (q_BHTE, k_BHTE, v_BHTE))  # tuners may leave them fp32
+    # Tuners may leave them in fp32.
+    q_BHTE, k_BHTE, v_BHTE = (compute_dtype(part) for part in (q_BHTE, k_BHTE, v_BHTE))
     cpu_bf16 = q_BHTE.device.type == "cpu" and q_BHTE.dtype == torch.bfloat16
     if cpu_bf16 and (q_BHTE.requires_grad or not MATRIX_UNITS):
         scores_BHTT = (q_BHTE * q_BHTE.shape[-1] ** -0.5) @ k_BHTE.transpose(-1, -2)
