@@ -329,7 +329,7 @@ def profile(args: Args, device: torch.device) -> list[dict[str, Any]]:
             times: Counter[str] = Counter()
             calls: Counter[str] = Counter()
             for _ in range(args.rounds):
-                run()  # compiles, makes the moments; later, gives back the profiler's memory, that torn up a step's
+                run()  # compiles, makes the moments; then, puts the memory in order that the profiler broke up
                 with profiled(activities=[ProfilerActivity.CUDA if gpu_ else ProfilerActivity.CPU]) as found:
                     run()
                     if gpu_:

@@ -4,9 +4,9 @@
 
 Every base and every method is trained for some steps and scored on some images, in as many processes side by side as
 `kindiff study run --workers` would have, cores shared out as there. What that is multiplied with is what the records of
-the studies say was done: trainings, their steps, images scored (validation only where a rate is chosen). So nothing
-stands for what was not measured but trainings' and scores' being in proportion. Results go to
-benchmarks/results/study-hours.json, the parts too (seconds; under `again` what `kindiff study repeat` does).
+the studies say was done: trainings, their steps, images scored (validation only where a rate is chosen); a training is
+taken to grow with its steps and a score with its images. Results go to benchmarks/results/study-hours.json, the parts
+too (seconds; under `again` what `kindiff study repeat` does).
 """
 
 from __future__ import annotations
