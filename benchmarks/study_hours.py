@@ -102,7 +102,7 @@ def method_parts(piece: Piece, work: Path, args: Args) -> tuple[Piece, Parts]:
         start = time.perf_counter()
         count = Figures.of(some.score(record, "test")).count
         found.append((count, time.perf_counter() - start))
-    (_, _), (few, before), (more, after) = found
+    _, (few, before), (more, after) = found
     image = (after - before) / (more - few)
     return piece, {
         "step": record.train_seconds / args.steps,
@@ -119,10 +119,9 @@ def parts_of(study: Study, seconds: dict[str, Parts]) -> Iterator[tuple[str, flo
         if (record.task, record.method) not in pairs or record.method not in seconds:
             continue
         part = seconds[record.method]
-        several = len(study.rates(record.task, record.method)) > 1
         again = record.test is not None
         yield "trainings", part["start"] + record.steps * part["step"], again
-        if record.validation is not None and several and record.seed == study.config.seeds[0]:
+        if record.validation is not None and study.chooses(record.cell):
             yield "scores", part["score"] + record.validation.count * part["image"], False
         if record.test is not None:
             yield "scores", part["score"] + record.test.count * part["image"], True

@@ -11,12 +11,13 @@ import torch
 
 from conftest import NAMES
 from kindiff.components import Components, decompose, mixture, set_strategy_
-from kindiff.components.strategy import MIXED_SLOTS, choose
+from kindiff.components.strategy import choose
 from kindiff.components.views import energies
 from kindiff.config import TrainConfig, TransferConfig
 from kindiff.errors import UsageError
 from kindiff.evaluate.cost import cost_table, counted_macs, total
 from kindiff.models import DiT
+from kindiff.models.layers import MATRIX_UNITS
 from kindiff.train.optimiser import Optimiser
 from kindiff.train.transferring import model_to_train
 from toys import assert_same_tensors
@@ -114,7 +115,7 @@ def test_strategies_agree(model: DiT, inputs) -> None:
     for name, gradient in gradients.items():
         assert gradient.abs().sum() > 0, name
         torch.testing.assert_close(gradient, others[name], rtol=1e-9, atol=1e-14, msg=name)
-    limit = int(2 * MIXED_SLOTS["cpu", torch.float32])
+    limit = 4 if MATRIX_UNITS else 2
     for slots, name in ((limit, "joined"), (limit + 1, "gathered")):
         rule = {
             "slots": slots,

@@ -165,10 +165,7 @@ class Bench:
             },
             model=str((folder / "model").relative_to(self.work)),
         )
-        chooses = (
-            cell.seed == self.study.config.seeds[0] and len(self.study.rates(cell.task, cell.method)) > 1
-        )
-        if failed or not chooses:
+        if failed or not self.study.chooses(cell):
             return record
         return replace(record, validation=Figures.of(self.score(record, "validation")))
 

@@ -181,6 +181,10 @@ class Study:
         recombine = self.methods[method].recombine
         return self.config.lrs if recombine is None or recombine.train else self.config.lrs[:1]
 
+    def chooses(self, cell: Cell) -> bool:
+        """Whether a cell is one of those that choose a rate, which are scored on the validation images."""
+        return cell.seed == self.config.seeds[0] and len(self.rates(cell.task, cell.method)) > 1
+
     def pairs(self) -> list[tuple[str, str]]:
         """Every (task, method), the methods of a task together."""
         every = [(t, m) for t in self.tasks for m, c in self.methods.items() if not c.tasks or t in c.tasks]
