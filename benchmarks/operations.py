@@ -2,66 +2,112 @@
 
     python benchmarks/operations.py [fp32] [bf16]
 
-Attention against three plain operations, GELU by the hyperbolic tangent against ours by the sigmoid. Each line is the
-ratio torch's / ours of the fastest of several alternating runs: above 1 ours is faster.
+Attention against three plain operations; GELU, norm with modulation, gated residual and a layer of components (an MLP's
+first, a class for each image) with the kernels of kindiff.native against the same without them. Each line is the ratio
+torch's / ours of the fastest of several alternating runs: above 1 ours is faster.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from kindiff import native
 from kindiff.allocator import keep_memory
+from kindiff.components import ComponentLinear
+from kindiff.models import Gating
 from kindiff.models.activation import gelu
+from kindiff.models.layers import add_gated, modulate
 from kindiff.train.memory import DTYPES
 
 HEADS = ((64, 3, 64, 64), (8, 6, 256, 64), (8, 12, 256, 64))
 """(batch, heads, tokens, width of a head)."""
-HIDDEN = ((32, 64, 512), (8, 256, 1536), (8, 256, 3072))
-"""(batch, tokens, width of the MLP)."""
+WIDTHS = ((32, 64, 128), (8, 256, 384), (8, 256, 768))
+"""(batch, tokens, width); the MLP is four times as wide."""
 REPEATS = 9
+
+Run = Callable[..., Tensor]
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(dim=-1) @ v
 
 
-def tanh_gelu(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    usable, native.usable = native.usable, lambda *tensors: False
+    try:
+        yield
+    finally:
+        native.usable = usable
 
 
-def seconds(
-    function: Callable[..., Tensor], inputs: list[Tensor], gradient: Tensor, *, training: bool
-) -> float:
+def without(function: Run) -> Run:
+    def run(*inputs: Tensor) -> Tensor:
+        with without_kernels():
+            return function(*inputs)
+
+    return run
+
+
+def layer_of(width: int, batch: int) -> Run:
+    """The first layer of a MLP, N_G = width / 4, N_T = 4, a class for each image."""
+    layer = ComponentLinear(width, 4 * width, rank=width // 4, slots=batch, tailor_rank=4)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    gating = Gating(torch.arange(batch).unsqueeze(1), torch.ones(batch, 1))
+    return lambda x: layer(x, gating)
+
+
+def cases(dtype: torch.dtype) -> Iterator[tuple[str, tuple[int, ...], list[Tensor], Run, Run]]:
+    """Name, shape, inputs, torch's way and ours."""
+    for shape in HEADS:
+        inputs = [torch.randn(shape, dtype=dtype) for _ in range(3)]
+        yield "attention", shape, inputs, F.scaled_dot_product_attention, plain_attention
+    for shape in WIDTHS:
+        batch, tokens, width = shape
+        x, hidden = torch.randn(shape), torch.randn(batch, tokens, 4 * width, dtype=dtype)
+        y, rows = torch.randn(shape, dtype=dtype), [torch.randn(batch, width) for _ in range(2)]
+        norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        functions: tuple[tuple[str, list[Tensor], Run], ...] = (
+            ("GELU", [hidden], gelu),
+            ("norm", [x, *rows], lambda *inputs, norm=norm: modulate(norm, *inputs).to(dtype)),
+            ("residual", [x, rows[0], y], add_gated),
+            ("components", [x.to(dtype)], layer_of(width, batch)),
+        )
+        for name, inputs, ours in functions:
+            yield name, shape, inputs, without(ours), ours
+
+
+def seconds(function: Run, inputs: list[Tensor], *, training: bool) -> float:
+    inputs = [tensor.detach().requires_grad_(training) for tensor in inputs]
     start = time.perf_counter()
     with torch.set_grad_enabled(training):
         y = function(*inputs)
-    if training:
-        y.backward(gradient)
-    return time.perf_counter() - start
+    if not training:
+        return time.perf_counter() - start
+    forward, gradient = time.perf_counter() - start, torch.ones_like(y)
+    start = time.perf_counter()
+    y.backward(gradient)
+    return forward + time.perf_counter() - start
 
 
 def main() -> None:
     keep_memory()
-    dtypes = [DTYPES[name] for name in sys.argv[1:] or DTYPES]
-    operations = (
-        ("attention", HEADS, 3, F.scaled_dot_product_attention, plain_attention),
-        ("GELU", HIDDEN, 1, tanh_gelu, gelu),
-    )
-    for name, shapes, count, theirs, ours in operations:
-        for shape, dtype, training in itertools.product(shapes, dtypes, (True, False)):
-            inputs = [torch.randn(shape, dtype=dtype).requires_grad_() for _ in range(count)]
-            gradient = torch.randn(shape, dtype=dtype)
-            rounds = [
-                [seconds(function, inputs, gradient, training=training) for function in (theirs, ours)]
-                for _ in range(REPEATS)
-            ]
+    for dtype in [DTYPES[name] for name in sys.argv[1:] or DTYPES]:
+        for (name, shape, inputs, theirs, ours), training in itertools.product(cases(dtype), (True, False)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                rounds = [
+                    [seconds(function, inputs, training=training) for function in (theirs, ours)]
+                    for _ in range(REPEATS)
+                ]
             best, our_best = (min(times) for times in zip(*rounds, strict=True))
             mode = "training" if training else "sampling"
             print(

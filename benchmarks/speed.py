@@ -25,7 +25,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from kindiff import runtime
+from kindiff import native, runtime
 from kindiff.allocator import keep_memory
 from kindiff.checkpoint import write_json
 from kindiff.classes import numbered
@@ -330,7 +330,7 @@ def main(args: Args) -> None:
 
 def save(name: str, device: torch.device, out: Path | None, **facts: Any) -> None:
     """Write a benchmark's facts with versions and hardware, to `out` or to the results folder by name and device."""
-    facts |= {"versions": runtime.versions(), "hardware": runtime.hardware()}
+    facts |= {"versions": runtime.versions(), "hardware": runtime.hardware() | {"kernels": native.usable()}}
     out = out or RESULTS / f"{name}{'-gpu' if device.type == 'cuda' else ''}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, json.loads(json.dumps(facts)))

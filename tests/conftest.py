@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from kindiff import native
 from kindiff.classes import ClassSet
 from kindiff.components import factorize
 from kindiff.config import DiTConfig, KindConfig
 from kindiff.models import DiT
 
 torch.set_num_threads(1)
+native.usable()  # made before a test takes the compiler or the cache folder away
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported: they run without a GPU
 
@@ -29,6 +31,16 @@ def randomised(model: DiT, seed: int = 0) -> DiT:
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
     return model
+
+
+@pytest.fixture(params=[True, False], ids=["kernels", "torch"])
+def kernels(request, monkeypatch) -> bool:
+    """With the CPU's kernels and without them, as on a machine that has no compiler."""
+    if not request.param:
+        monkeypatch.setattr(native, "usable", lambda *tensors: False)
+    elif not native.usable():
+        pytest.skip("no kernels here")
+    return request.param
 
 
 @pytest.fixture

@@ -42,6 +42,7 @@ ROOMS = (
     ("images",),
     ("checkpoint",),
     ("headers",),
+    ("native",),
     ("progress", "runtime", "randomness", "allocator"),
     ("parallel",),
     ("config",),

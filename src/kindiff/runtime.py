@@ -108,7 +108,7 @@ def hardware() -> dict[str, Any]:
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "processor": _processor(),
+        "processor": cpu_info("model name") or platform.processor() or "unknown",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
@@ -117,9 +117,10 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def cpu_info(field: str) -> str:
+    """What Linux says of the first processor under a name such as "flags"; empty where it says nothing."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")

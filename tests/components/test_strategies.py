@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from conftest import randomised
-from kindiff.components import ComponentLinear, decompose, factorize, fused, product, set_strategy_
+from kindiff.components import ComponentLinear, decompose, factorize, fused, narrow, product, set_strategy_
 from kindiff.components.strategy import choose, explain
 from kindiff.config import KindConfig
 from kindiff.errors import UsageError
@@ -77,7 +77,7 @@ def results(made: list[ComponentLinear], gating: Gating, dtype: torch.dtype | No
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("mix", gatings())
 @pytest.mark.parametrize(("rank", "strategy"), [(8, "gathered"), (8, "joined"), (None, "gathered")])
-def test_the_same_as_plain_matrices_forward_and_backward(rank, strategy, mix, count, dtype) -> None:
+def test_the_same_as_plain_matrices_forward_and_backward(rank, strategy, mix, count, dtype, kernels) -> None:
     made = layers(rank, count)
     for layer in made:
         layer.strategy = strategy
@@ -85,6 +85,14 @@ def test_the_same_as_plain_matrices_forward_and_backward(rank, strategy, mix, co
     for own, plain in zip(results(made, gating, dtype), results(made, gating, None), strict=True):
         error = (own.double() - plain).norm() / plain.norm()
         assert error < TOLERANCE[dtype], (error, own.shape)
+
+
+@pytest.mark.parametrize("rank", [8, None])
+def test_a_sample_with_many_components_is_left_to_the_library(rank, monkeypatch) -> None:
+    monkeypatch.setattr(narrow, "MANY", 1)
+    made, gating = layers(rank, 3), gatings()["the last off"]
+    for own, plain in zip(results(made, gating, torch.float32), results(made, gating, None), strict=True):
+        assert (own.double() - plain).norm() < TOLERANCE[torch.float32] * plain.norm()
 
 
 @pytest.mark.parametrize("strategy", ["gathered", "joined"])

@@ -43,7 +43,8 @@ def test_other_tuners_come_free(name: str) -> None:
             if parameter.requires_grad:
                 parameter += 0.05 * torch.randn(parameter.shape)
     assert {key for key, p in model.named_parameters() if p.requires_grad} > {"class_embed.weight"}
-    x, t, ids = torch.randn(4, 3, 8, 8), torch.rand(4) * 1000, torch.tensor([0, 1, 2, 3])
+    model.double()
+    x, t, ids = torch.randn(4, 3, 8, 8).double(), torch.rand(4) * 1000, torch.tensor([0, 1, 2, 3])
     with torch.no_grad():
         torch.testing.assert_close(
             densified(model, rival.weight)(x, t, ids), model.eval()(x, t, ids), rtol=1e-5, atol=1e-5

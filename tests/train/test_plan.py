@@ -104,13 +104,12 @@ def backbone(width: int, side: int, classes: int) -> DiT:
 
 
 def counted(model: DiT, precision: str) -> int:
-    """Bytes of the tensors that autograd keeps for the backward pass of three images, parameters not among them."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    """Bytes of the tensors that autograd keeps for the backward pass of three images, parameters (of banks a step's
+    rows) not among them."""
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+        kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     config = model.config
@@ -122,6 +121,8 @@ def counted(model: DiT, precision: str) -> int:
         torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
     ):
         loss = loss_of(config)(lambda x, t: model(x, t, ids), x, noise, torch.rand(3))
+        for parameter in model.parameters():
+            kept.pop(parameter.untyped_storage().data_ptr(), None)
     assert loss.shape == (3,)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 

@@ -11,7 +11,7 @@ import tyro
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """Versions, hardware and the cache folder: what a bug report needs."""
+    """Versions, hardware, the kernels for the CPU and the cache folder: what a bug report needs."""
 
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print a JSON object."""
@@ -20,9 +20,12 @@ class Args:
 def run(args: Args) -> None:
     """Print what is known of this machine."""
     from kindiff import runtime
+    from kindiff.native import library
 
     facts = runtime.versions() | runtime.hardware()
     facts["precision"] = runtime.precision_on(runtime.device_of("auto"), "auto")
+    kernels, where = library.found()
+    facts["kernels"] = where if kernels else f"torch's operations: {where}"
     facts["cache"] = str(runtime.cache_folder())
     if args.json:
         print(json.dumps(facts, indent=1))

@@ -1,7 +1,7 @@
 """What component matrices compute, forward and backward, written once for all of them.
 
 The plain reference is `ComponentLinear.merged_weight`: one dense matrix for each sample. Here nothing of that size is
-formed, and the backward pass adds where automatic differentiation would copy.
+formed. passes.py multiplies, forward and backward.
 
 B batch, T tokens, I/O features in/out, R learngene components, M tailor components of a sample, S slots, N components
 of a slot, K slots per sample, J = S N components of a whole bank.
@@ -9,14 +9,18 @@ of a slot, K slots per sample, J = S N components of a whole bank.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kindiff import native
+from kindiff.components import narrow
 from kindiff.components.fused import FusedProducts
+from kindiff.components.passes import Gathered, Products, stack
 from kindiff.components.strategy import strategy_of
 from kindiff.models.layers import Gating
 
@@ -40,20 +44,44 @@ def products(layers: Sequence[ComponentLinear], x_BTI: Tensor, gating: Gating | 
     assert gating is not None or not first.has_tailors, "a layer with tailors needs a gate"
     if not first.has_tailors or gating is None or gating.on == 0:
         us, v, biases = _common(layers, gating, dtype)
-        return list(_Products.apply(x_BTI, v, None, None, *us, *biases))
+        return list(Products.apply(x_BTI, v, None, None, *us, *biases))
     how = strategy_of(layers, gating, dtype).name
     if first.tailor_mix is not None:
         return [_mixed(layer, x_BTI, gating, joined=how == "joined") for layer in layers]
     if how == "joined":
-        return list(_Products.apply(x_BTI, *_joined(layers, gating, dtype)))
+        return list(Products.apply(x_BTI, *_joined(layers, gating, dtype)))
+    if how == "gathered" and _trained_by_kernels(layers, gating, x_BTI):
+        parameters = zip(
+            *((each.u, each.sigma, each.v, each.bias, *each.tailors) for each in layers), strict=True
+        )
+        found = itertools.chain.from_iterable(parameters)
+        return list(Gathered.apply(x_BTI, gating.slots_BK, gating.weights_BK, *found))
     us, v, biases = _common(layers, gating, dtype)
     if how == "fused":
         own, v_own = _own(layers, gating, dtype)
         rows = [bias.unsqueeze(0) for bias in biases if bias is not None]  # all layers have one, or none
-        bias = _stack(rows) if rows else None
-        return list(FusedProducts.apply(x_BTI, v, v_own, _stack(us), bias, _stack(own, dim=1), len(layers)))
-    own, v_own = _own(layers, _first(gating), dtype, biases)
-    return list(_Products.apply(x_BTI, v, None, v_own, *us, *(None for _ in us), *own))
+        bias = stack(rows) if rows else None
+        return list(FusedProducts.apply(x_BTI, v, v_own, stack(us), bias, stack(own, dim=1), len(layers)))
+    own, v_own = _own(layers, _first(gating), dtype)
+    return list(Products.apply(x_BTI, v, None, v_own, *us, *biases, *own))
+
+
+def _trained_by_kernels(layers: Sequence[ComponentLinear], gating: Gating, x: Tensor) -> bool:
+    """Whether `Gathered` can compute a step of training."""
+    alike = len({(each.rank, each.tailor_sigma.shape, each.bias is None) for each in layers}) == 1
+    return (
+        torch.is_grad_enabled()
+        and alike
+        and layers[0].bias is not None
+        and gating.on is None
+        and not gating.weights_BK.requires_grad
+        and native.usable(x, gating.weights_BK)
+        and all(
+            t.dtype == torch.float32 and t.is_contiguous() and native.usable(t)
+            for each in layers
+            for t in (each.u, each.sigma, each.v, *each.tailors)
+        )
+    )
 
 
 def _common(
@@ -63,28 +91,20 @@ def _common(
 
     def make() -> tuple[list[Tensor], Tensor, list[Tensor | None]]:
         us = [(layer.u * layer.sigma.unsqueeze(1)).to(dtype) for layer in layers]
-        return us, _stack([layer.v for layer in layers]).to(dtype), _biases(layers, dtype)
+        return us, stack([layer.v for layer in layers]).to(dtype), _biases(layers, dtype)
 
     rounded = dtype != layers[0].u.dtype  # else little is saved, for as much memory as the model's
     return _once(gating, (layers[0], "learngenes"), make, keep=rounded)
 
 
 def _own(
-    layers: Sequence[ComponentLinear],
-    gating: Gating,
-    dtype: torch.dtype,
-    biases: Sequence[Tensor | None] = (),
+    layers: Sequence[ComponentLinear], gating: Gating, dtype: torch.dtype
 ) -> tuple[list[Tensor], Tensor]:
-    """Of each sample's own tailors: each layer's u (B, M, O), scaled by sigma and the gate, and v (B, M, I) of all.
-    Where there are biases, each stands below its layer's u: (B, M + 1, O)."""
+    """Of each sample's own tailors: each layer's u (B, M, O), scaled by sigma and the gate, and v (B, M, I) of all."""
 
     def make() -> tuple[list[Tensor], Tensor]:
         gathered = [_gather(layer, gating, dtype) for layer in layers]
-        us = [u for u, _ in gathered]
-        for i, bias in enumerate(biases):
-            if bias is not None:
-                us[i] = torch.cat([us[i], bias.expand(len(us[i]), 1, -1)], dim=1)
-        return us, _stack([v for _, v in gathered], dim=1)
+        return [u for u, _ in gathered], stack([v for _, v in gathered], dim=1)
 
     numbers = layers[0].tailor_u[0].numel() + layers[0].tailor_v[0].numel()
     few = gating.slots_BK.numel() * numbers <= KEPT
@@ -92,7 +112,7 @@ def _own(
 
 
 def _joined(layers: Sequence[ComponentLinear], gating: Gating, dtype: torch.dtype) -> list[Tensor | None]:
-    """What `_Products` takes beside x for learngenes and the whole bank, each sample's columns masked."""
+    """What `Products` takes beside x for learngenes and the whole bank, each sample's columns masked."""
     mask_B1J = _columns(layers[0], gating).unsqueeze(1).to(dtype)
     us = [layer.u * layer.sigma.unsqueeze(1) for layer in layers]
     vs: list[Tensor] = [layer.v for layer in layers]
@@ -103,9 +123,9 @@ def _joined(layers: Sequence[ComponentLinear], gating: Gating, dtype: torch.dtyp
         us = [torch.cat(pair) for pair in zip(us, bank, strict=True)]
         vs = [v for pair in zip(vs, v_bank, strict=True) for v in pair]
     else:  # the bank beside the learngenes, whose gradients nobody asks for
-        own, v_own = [u.to(dtype) for u in bank], _stack(v_bank).to(dtype)
+        own, v_own = [u.to(dtype) for u in bank], stack(v_bank).to(dtype)
     us = [u.to(dtype) for u in us]
-    return [_stack(vs).to(dtype), mask_B1J, v_own, *us, *_biases(layers, dtype), *own]
+    return [stack(vs).to(dtype), mask_B1J, v_own, *us, *_biases(layers, dtype), *own]
 
 
 def _biases(layers: Sequence[ComponentLinear], dtype: torch.dtype) -> list[Tensor | None]:
@@ -132,8 +152,7 @@ def add_tailors_(layer: ComponentLinear, y_BTO: Tensor, x_BTI: Tensor, gating: G
     if gating.on == 0:
         return y_BTO
     (u_BMO,), v_BMI = _own([layer], _first(gating), x_BTI.dtype)
-    y_BTO[: len(u_BMO)].baddbmm_(x_BTI[: len(v_BMI)] @ v_BMI.mT, u_BMO)
-    return y_BTO
+    return narrow.add_outward_(y_BTO, narrow.inward(x_BTI, v_BMI), u_BMO)
 
 
 def _mixed(layer: ComponentLinear, x_BTI: Tensor, gating: Gating, *, joined: bool) -> Tensor:
@@ -171,128 +190,3 @@ def _columns(layer: ComponentLinear, gating: Gating) -> Tensor:
     slots, count = layer.tailor_sigma.shape
     weights_BS = gating.weights_BK.new_zeros(len(gating.slots_BK), slots)
     return weights_BS.scatter_add(1, gating.slots_BK, gating.weights_BK).repeat_interleave(count, dim=1)
-
-
-def _stack(tensors: list[Tensor], dim: int = 0) -> Tensor:
-    return torch.cat(tensors, dim=dim) if len(tensors) > 1 else tensors[0]
-
-
-class _Products(torch.autograd.Function):
-    """y_i = h_i U_i + b_i with h = x V^T, and (x v^T) u_i on top where there are v and u_i of tailors' own.
-
-    Those are each sample's (B, M, I) and (B, M, O), or a bank's (J, I) and (J, O) with a mask: a sample's columns of
-    the products with V are multiplied by its mask, so that the others' tailors give nothing. A mask without v is for a
-    bank that stands in the last J rows of each U_i and of each layer's part of V.
-
-    Each sample's own may be the first samples' alone: the others have none. They are written first and the learngenes
-    added to them, and the bias may be a last row of u_i (B, M + 1, O), against a column of ones: so neither it nor its
-    gradient passes over a whole y once more. Only the gradients that are asked for are computed.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x_BTI: Tensor, v: Tensor, mask_B1J: Tensor | None, v_own: Tensor | None, *factors: Any
-    ) -> tuple[Tensor, ...]:
-        count = len(factors) // (2 if v_own is None else 3)
-        us, biases, own = factors[:count], factors[count : 2 * count], factors[2 * count :]
-        batch, tokens, _ = x_BTI.shape
-        x = _rows(x_BTI)
-        h = x @ v.T
-        parts = h.split([len(u) for u in us], dim=1)
-        h_own: list[Tensor] = []
-        if v_own is not None:
-            h_own = _inward_of_own(x_BTI, v_own, mask_B1J, own)
-        elif mask_B1J is not None:
-            _mask_(parts, mask_B1J)
-        ys = []
-        for i, (part, u, bias) in enumerate(zip(parts, us, biases, strict=True)):
-            if v_own is not None and v_own.ndim == 3:
-                biased = own[i].shape[1] > v_own.shape[1] // count
-                y = _of_each(h_own[i], own[i], batch, own[i][0, -1] if biased else 0.0).addmm_(part, u)
-            else:
-                y = part @ u if bias is None else torch.addmm(bias, part, u)
-                y = y.addmm_(h_own[i], own[i]) if h_own else y
-            ys.append(y.view(batch, tokens, -1))
-        ctx.count, ctx.batch = count, batch
-        needs = ctx.needs_input_grad
-        ctx.save_for_backward(
-            x if needs[1] or needs[3] else None, h if any(needs[4 : 4 + count]) else None, v, mask_B1J, v_own,
-            *us, *own, *h_own,
-        )  # fmt: skip
-        return tuple(ys)
-
-    @staticmethod
-    def backward(ctx: Any, *dys_BTO: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, v, mask_B1J, v_own, *factors = ctx.saved_tensors
-        count, batch, needs = ctx.count, ctx.batch, ctx.needs_input_grad
-        us, own, h_own = factors[:count], factors[count : 2 * count], factors[2 * count :]
-        dys = [_rows(dy) for dy in dys_BTO]
-        dx = dv = dv_own = dh_own = None
-        du_own: list[Tensor | None] = []
-        if v_own is not None:
-            each, rows = v_own.ndim == 3, v_own.shape[-2] // count
-            own_dys = [dy[: len(v_own)] for dy in dys_BTO] if each else dys
-            parts = [dy @ u[..., :rows, :].mT for dy, u in zip(own_dys, own, strict=True)]
-            if mask_B1J is not None:
-                _mask_(parts, mask_B1J)
-            dh_own = _stack(parts, dim=-1)
-            dx = _of_each(dh_own, v_own, batch) if needs[0] and each else None
-            if needs[3]:
-                dv_own = dh_own.mT @ (x.view(batch, -1, x.shape[1])[: len(v_own)] if each else x)
-            for need, part, dy, other in zip(needs[4 + 2 * count :], h_own, own_dys, dys_BTO, strict=True):
-                du = part.mT @ dy if need else None
-                if du is not None and each and len(dy) < batch:  # the bias of the others
-                    du[0, rows:] += other[len(dy) :].sum(dim=(0, 1))
-                du_own.append(du)
-        if needs[0] or needs[1]:
-            parts = [dy @ u.T for dy, u in zip(dys, us, strict=True)]
-            if mask_B1J is not None and v_own is None:
-                _mask_(parts, mask_B1J)
-            dh = _stack(parts, dim=1)
-            dv = dh.T @ x if needs[1] else None
-            if dx is not None:
-                dx.addmm_(dh, v)
-            elif needs[0]:
-                dx = dh @ v if dh_own is None else (dh @ v).addmm_(dh_own, v_own)
-        pieces = h.split([len(u) for u in us], dim=1) if h is not None else [None] * count
-        need_u, need_b = needs[4 : 4 + count], needs[4 + count : 4 + 2 * count]
-        du = [part.T @ dy if need else None for need, part, dy in zip(need_u, pieces, dys, strict=True)]
-        db = [dy.sum(dim=0) if need else None for need, dy in zip(need_b, dys, strict=True)]
-        dx_BTI = None if dx is None else dx.view(batch, -1, dx.shape[1])
-        return dx_BTI, dv, None, dv_own, *du, *db, *du_own
-
-
-def _inward_of_own(
-    x_BTI: Tensor, v_own: Tensor, mask_B1J: Tensor | None, own: Sequence[Tensor]
-) -> list[Tensor]:
-    """x v^T of each layer: (B T, J), masked; or of each sample's own (B, T, M), a column of ones beside them where the
-    layer's u has a row more."""
-    h_own = (_rows(x_BTI) if v_own.ndim == 2 else x_BTI[: len(v_own)]) @ v_own.mT
-    parts = h_own.split(h_own.shape[-1] // len(own), dim=-1)
-    if mask_B1J is not None:
-        _mask_(parts, mask_B1J)
-    return [
-        F.pad(part, (0, u.shape[-2] - part.shape[-1]), value=1.0) for part, u in zip(parts, own, strict=True)
-    ]
-
-
-def _of_each(a_BTM: Tensor, b_BMO: Tensor, batch: int, others: Tensor | float = 0.0) -> Tensor:
-    """(batch T, O): a b of each of the first samples, in the rows of the others what they have instead."""
-    samples, tokens, _ = a_BTM.shape
-    if samples == batch:
-        return torch.bmm(a_BTM, b_BMO).flatten(0, 1)
-    y_BTO = a_BTM.new_empty(batch, tokens, b_BMO.shape[2])
-    torch.bmm(a_BTM, b_BMO, out=y_BTO[:samples])
-    y_BTO[samples:] = others
-    return y_BTO.flatten(0, 1)
-
-
-def _rows(x_BTI: Tensor) -> Tensor:
-    return x_BTI.reshape(-1, x_BTI.shape[2])
-
-
-def _mask_(parts: Sequence[Tensor], mask_B1J: Tensor) -> None:
-    """Multiply the last J columns of each part by each sample's mask, in place."""
-    batch, _, columns = mask_B1J.shape
-    for part in parts:
-        part.unflatten(0, (batch, -1))[..., -columns:].mul_(mask_B1J)

@@ -23,6 +23,7 @@ from kindiff.components import fused
 from kindiff.config import MATRICES, DiTConfig
 from kindiff.errors import UsageError
 from kindiff.models.layers import MATRIX_UNITS, Gating
+from kindiff.native import library
 
 if TYPE_CHECKING:
     from kindiff.components.linear import ComponentLinear
@@ -146,8 +147,10 @@ def slots_of_a_step(gate: str, slots: int, on: int, images: int) -> int:
 def explain(model: DiT, images: int) -> list[str]:
     """What the rule decides on this machine for a model and a batch of images, and why: a line a decision."""
     structure, device = model.structure, "cuda" if torch.cuda.is_available() else "cpu"
+    kernels, where = library.found()
+    between = [f"between the products, on a CPU: {'kernels of our own' if kernels else 'torch'} ({where})"]
     if structure is None:
-        return ["dense matrices: nothing to choose"]
+        return ["dense matrices: nothing to choose", *between]
     rank, soft = structure["rank"], structure["gate"] == "soft"
     on = structure["slots"] if soft else structure["gate_width"]
     full = min(min(model.config.matrix_shape(matrix)) for matrix in MATRICES)
@@ -161,7 +164,7 @@ def explain(model: DiT, images: int) -> list[str]:
             f"{FACTORED_SHARE})"
         ]
     if not structure["slots"] * structure["tailor_rank"]:
-        return [*lines, "tailors: none"]
+        return [*lines, "tailors: none", *between]
     slots = {
         "sampling": structure["slots"],
         "training": slots_of_a_step(structure["gate"], structure["slots"], on, images),
@@ -176,4 +179,4 @@ def explain(model: DiT, images: int) -> list[str]:
             )  # fmt: skip
             name = str(dtype).removeprefix("torch.")
             lines.append(f"tailors, {purpose}, {name}, {images} images, {device}: {found.name}: {found.why}")
-    return lines
+    return lines + between

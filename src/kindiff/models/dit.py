@@ -20,7 +20,16 @@ from kindiff.classes import ClassSet, numbered
 from kindiff.config import MATRICES, DiTConfig, from_dict, to_dict
 from kindiff.errors import BadFileError, UsageError
 from kindiff.models.activation import gelu
-from kindiff.models.layers import Gating, Linear, attend, modulate, position_table, project, timestep_features
+from kindiff.models.layers import (
+    Gating,
+    Linear,
+    add_gated,
+    attend,
+    modulate,
+    position_table,
+    project,
+    timestep_features,
+)
 
 FREQUENCIES = 256  # features of the timestep before its MLP, as published
 
@@ -203,12 +212,13 @@ class Block(nn.Module):
         self.modulation = nn.Linear(config.width, 6 * config.width)
 
     def forward(self, x_BTD: Tensor, c_BD: Tensor, gating: Gating | None) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c_BD).chunk(6, dim=1)
-        h_BTD = modulate(self.norm_attention(x_BTD), shift_a, scale_a)
-        x_BTD = torch.addcmul(x_BTD, gate_a.unsqueeze(1), self.attention(h_BTD, gating))
-        h_BTD = modulate(self.norm_mlp(x_BTD), shift_m, scale_m)
+        conditions = self.modulation(c_BD).to(x_BTD.dtype).chunk(6, dim=1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = conditions
+        h_BTD = modulate(self.norm_attention, x_BTD, shift_a, scale_a)
+        x_BTD = add_gated(x_BTD, gate_a, self.attention(h_BTD, gating))
+        h_BTD = modulate(self.norm_mlp, x_BTD, shift_m, scale_m)
         hidden = gelu(self.mlp_in(h_BTD, gating))
-        return torch.addcmul(x_BTD, gate_m.unsqueeze(1), self.mlp_out(hidden, gating))
+        return add_gated(x_BTD, gate_m, self.mlp_out(hidden, gating))
 
     def attention(self, x_BTD: Tensor, gating: Gating | None) -> Tensor:
         q, k, v = (
@@ -228,8 +238,8 @@ class FinalLayer(nn.Module):
         self.out = nn.Linear(config.width, config.patch**2 * config.out_channels)
 
     def forward(self, x_BTD: Tensor, c_BD: Tensor) -> Tensor:
-        shift, scale = self.modulation(c_BD).chunk(2, dim=1)
-        return self.out(modulate(self.norm(x_BTD), shift, scale))
+        shift, scale = self.modulation(c_BD).to(x_BTD.dtype).chunk(2, dim=1)
+        return self.out(modulate(self.norm, x_BTD, shift, scale))
 
 
 def patchify(x_BCHW: Tensor, patch: int) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kindiff import native
 from kindiff.runtime import cpu_has
 
 MATRIX_UNITS = cpu_has("amx_bf16")
@@ -50,9 +51,14 @@ class Linear(nn.Linear):
 
 def compute_dtype(x: Tensor) -> Tensor:
     """The tensor in the dtype that autocast gives matrix products here; as it is without autocast."""
+    return x.to(products_dtype(x))
+
+
+def products_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which autocast has matrix products with a tensor; the tensor's own without autocast."""
     device = x.device.type
     on = device != "meta" and torch.is_autocast_enabled(device)  # a question that torch.compile can trace
-    return x.to(torch.get_autocast_dtype(device)) if on else x
+    return torch.get_autocast_dtype(device) if on else x.dtype
 
 
 def project(layers: Sequence[nn.Module], x: Tensor, gating: Gating | None) -> list[Tensor]:
@@ -81,9 +87,19 @@ def attend(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE)
 
 
-def modulate(x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
-    """adaLN: x (1 + scale) + shift, one scale and shift a sample."""
-    return torch.addcmul(shift_BD.unsqueeze(1), x_BTD, 1 + scale_BD.unsqueeze(1))
+def modulate(norm: nn.LayerNorm, x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+    """adaLN: norm(x) (1 + scale) + shift, one scale and shift a sample. For matrix products: perhaps in their dtype."""
+    dtype = products_dtype(x_BTD)
+    if x_BTD.dtype == torch.float32 and dtype in native.DTYPES and native.usable(x_BTD, shift_BD, scale_BD):
+        return native.norm(x_BTD, shift_BD, scale_BD, norm.eps, dtype)
+    return torch.addcmul(shift_BD.unsqueeze(1), norm(x_BTD), 1 + scale_BD.unsqueeze(1))
+
+
+def add_gated(x_BTD: Tensor, gate_BD: Tensor, y_BTD: Tensor) -> Tensor:
+    """x + gate y, one gate a sample."""
+    if x_BTD.dtype == torch.float32 and native.usable(x_BTD, gate_BD, y_BTD):
+        return native.residual(x_BTD, gate_BD, y_BTD)
+    return torch.addcmul(x_BTD, gate_BD.unsqueeze(1), y_BTD)
 
 
 def timestep_features(

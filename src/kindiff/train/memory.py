@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from kindiff import native
 from kindiff.components import fused
 from kindiff.components.build import Structure
 from kindiff.components.gates import TableGate
@@ -23,6 +24,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # keeps so many times D and H, a value of a sample's gathered tailors so much.
 KEPT = {"bf16": (35, 4), "fp32": (53, 8)}
 PER_GATHERED = {"bf16": 4, "fp32": 6}
+KEPT_BY_KERNELS = {
+    "bf16": (26, 4),
+    "fp32": (42, 8),
+}  # where kindiff.native computes what is between the products
 
 
 def memory(model: DiT, config: TrainConfig, images: int, device: torch.device) -> dict[str, int]:
@@ -54,7 +59,8 @@ def activations(
     recompute: of every block only its input is kept, and one block's activations at a time.
     """
     config = model.config
-    size, (per_width, per_hidden) = SIZE[precision], KEPT[precision]
+    kernels = device.type == "cpu" and native.usable()
+    size, (per_width, per_hidden) = SIZE[precision], (KEPT_BY_KERNELS if kernels else KEPT)[precision]
     shapes = [config.matrix_shape(matrix) for matrix in MATRICES]
     # Products with V that a token keeps; bytes of an image's own tailors, and of a step's.
     columns = gathered = rows = 0
@@ -79,10 +85,15 @@ def activations(
             # u, for the gradient of sigma
             rows = 4 * tailors * sum(config.matrix_shape(matrix)[0] for matrix in structure.targets)
         else:
-            # fp32: u times sigma, and the stacked V of q, k and v; the other V are the parameters themselves.
-            sides = sides if precision == "bf16" else sum(o for o, _ in shapes) + 3 * config.width
+            whole = precision == "bf16" or (kernels and structure.gate == "table")
+            # else u times sigma, and the stacked V of q, k and v; the other V are the parameters themselves
+            sides = sides if whole else sum(o for o, _ in shapes) + 3 * config.width
             copies = rank * sides if rank else copies
-            gathered = PER_GATHERED[precision] * tailors * tailored
+            gathered = (
+                (size if kernels and structure.gate == "table" else PER_GATHERED[precision])
+                * tailors
+                * tailored
+            )
     copies += 6 * config.width**2 if precision == "bf16" else 0  # the modulation
     token = per_width * config.width + per_hidden * config.hidden + size * columns
     if precision == "bf16" and device.type == "cpu":

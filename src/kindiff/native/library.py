@@ -1,0 +1,109 @@
+"""The kernels of the C++ files beside this one, compiled by this machine's own C++ compiler when they are first wanted.
+
+Kept in the cache folder by what they were made of, some seconds' work once a machine. Without a compiler, or where it
+cannot make them, there are none, and who would call them does the same by torch's operations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from kindiff import runtime
+
+SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+HEADER = Path(__file__).with_name("vectors.hpp")
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-fPIC",
+    "-fopenmp",
+]
+ARGUMENTS = {
+    "across": "pppipippiiiiii",
+    "add": "ppippiiiii",
+    "take": "pppppppiiiiii",
+    "take_back": "ppipppppppiiiiii",
+    "turn_back": "pippppii",
+    "norm": "pppippiiif",
+    "norm_back": "pppippppiiii",
+    "residual": "ppippiii",
+    "residual_back": "ppipppiiii",
+    "gelu": "ppi",
+    "gelu_back": "pppi",
+}
+"""Of each kernel: p a pointer or none, i an integer, f a float."""
+TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_long, "f": ctypes.c_float}
+OFF = "KINDIFF_NATIVE"
+"""Set to 0, this variable of the environment does without the kernels."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The loaded kernels, or None."""
+    return found()[0]
+
+
+@functools.cache
+def found() -> tuple[ctypes.CDLL | None, str]:
+    """The loaded kernels, or None; and where they are, or why there are none."""
+    if os.environ.get(OFF) == "0":
+        return None, f"{OFF}=0"
+    why = "no C++ compiler"
+    for compiler in filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))):
+        try:
+            path = runtime.cache_folder() / "native" / f"{_made_of(compiler)}.so"
+            if not path.exists():
+                _compile(compiler, path)
+            return _loaded(path), str(path)
+        except (OSError, subprocess.SubprocessError) as error:
+            said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+            why = f"{compiler} does not make them: {(said.strip() or str(error)).splitlines()[-1]}"
+    return None, why
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    kernels = ctypes.CDLL(str(path))
+    for name, kinds in ARGUMENTS.items():
+        for dtype in ("float32", "bfloat16"):
+            kernel = getattr(kernels, f"{name}_{dtype}")
+            kernel.argtypes, kernel.restype = [TYPES[kind] for kind in kinds], None
+    return kernels
+
+
+def _made_of(compiler: str) -> str:
+    """A name for the source, the compiler and the processor together."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
+    parts = [
+        *(file.read_bytes() for file in (HEADER, *SOURCES)),
+        version,
+        " ".join(FLAGS).encode(),
+        platform.machine().encode(),
+    ]
+    parts += [runtime.cpu_info(field).encode() for field in ("model name", "flags", "Features")]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Make the library; it appears whole or not at all. OpenMP's functions are to be torch's own, so that both share
+    threads: what was compiled for it is linked without it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        objects = [f"{source.stem}.o" for source in SOURCES]
+        for command in (
+            [compiler, *FLAGS, "-c", *map(str, SOURCES)],
+            [compiler, "-shared", *objects, "-o", path.name],
+        ):
+            subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=300)
+        (Path(folder) / path.name).replace(path)
