@@ -119,6 +119,7 @@ def test_decompose_then_recombine_is_the_model_to_the_bit(kind_model: DiT, input
     )
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("layers", ["auto", "factored", "dense", "merged"])
 def test_a_single_class_model_equals_the_full_one_for_its_class(kind_model: DiT, inputs, layers) -> None:
     x, t, _ = inputs

@@ -134,7 +134,21 @@ def test_the_gates_weights_learn_where_they_are_soft() -> None:
 
 
 def test_the_rule() -> None:
-    few = {"on": 1, "components": 4, "device": "cpu", "dtype": torch.float32, "training": True}
+    by_kernels = {
+        "on": 1,
+        "components": 4,
+        "device": "cpu",
+        "dtype": torch.float32,
+        "training": True,
+        "kernels": True,
+    }
+    assert choose("auto", slots=1, **by_kernels).name == "joined"
+    assert choose("auto", slots=2, **by_kernels).name == "gathered"
+    assert choose("auto", slots=2, **by_kernels | {"components": 33}).name == "gathered"
+    assert choose("auto", slots=2, **by_kernels | {"on": 3, "components": 11}).name == "joined"
+    half = choose("auto", slots=2, **by_kernels | {"dtype": torch.bfloat16}).name
+    assert half == ("joined" if MATRIX_UNITS else "gathered")
+    few = by_kernels | {"kernels": False}
     assert choose("auto", slots=6, **few).name == "joined"
     assert choose("auto", slots=7, **few).name == "gathered"
     half = few | {"dtype": torch.bfloat16}

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
-from kindiff.components import fused
+from kindiff import native
+from kindiff.components import fused, narrow
 from kindiff.config import MATRICES, DiTConfig
 from kindiff.errors import UsageError
 from kindiff.models.layers import MATRIX_UNITS, Gating
@@ -32,9 +33,10 @@ if TYPE_CHECKING:
 Choice = Literal["auto", "gathered", "fused", "joined"]
 
 JOINED_COLUMNS = {("cpu", torch.float32): 24, ("cpu", torch.bfloat16): 112 if MATRIX_UNITS else 24}
-"""Components of a bank (S N, for each slot that a sample has) up to which `joined` is faster than `gathered`: a narrow
-product costs as much whatever its few columns are. Measured: `python benchmarks/strategies.py`, with matrix units and
-without."""
+"""Components of a bank (S N, for each slot that a sample has) up to which `joined` is faster than `gathered` by the
+library's products, of which a narrow one costs as much whatever its few columns are. Measured: `python
+benchmarks/strategies.py`, with matrix units and without. Beside kernels of our own it is never faster, except perhaps
+in bf16 with matrix units, where that is not measured."""
 UNMEASURED_COLUMNS = 16
 """The same for other devices, until it is measured there."""
 MIXED_SLOTS = {
@@ -87,8 +89,10 @@ def choose(
     weights_train: bool = False,
     mixed: bool = False,
     fits: bool = False,
+    kernels: bool | None = None,
 ) -> Strategy:
-    """The rule itself. slots: S of the bank; components: N of a slot; on: K; fits: `fused.fits`."""
+    """The rule itself. slots: S of the bank; components: N of a slot; on: K; fits: `fused.fits`; kernels: whether a CPU
+    has those of `kindiff.native`, by default what this one has."""
     own: Literal["gathered", "fused"] = "fused" if fits and device == "cuda" else "gathered"
     if wanted == "fused" and not fits:
         raise UsageError(
@@ -105,12 +109,15 @@ def choose(
         return Strategy("gathered", f"a mixture: each class has but {on} of {slots} tailors")
     if not training:
         return Strategy(own, "no tailor trains: equal to the bit for any set of classes")
+    has_kernels = device == "cpu" and (native.usable() if kernels is None else kernels)
     limit = JOINED_COLUMNS.get((device, dtype), UNMEASURED_COLUMNS) * on
     size = f"{slots} slots x {components} components in a step's bank"
     if slots <= on:
         return Strategy("joined", f"{size}, all on for every sample")
     if own == "fused":
         return Strategy(own, "half precision on a GPU: the tailors ride in the learngenes' products")
+    if has_kernels and components * on <= narrow.MANY and (dtype == torch.float32 or not MATRIX_UNITS):
+        return Strategy(own, "kernels of our own on a CPU: one pass for a sample's own tailors")
     if slots * components <= limit:
         return Strategy("joined", f"{size}, at most {limit}")
     return Strategy("gathered", f"{size}, more than {limit}")

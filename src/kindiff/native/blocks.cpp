@@ -61,11 +61,12 @@ void norm_back(const T* dy, const float* x, const float* scale, long stride, con
 template <class T>
 void residual(const float* x, const float* gate, long stride, const T* y, float* z, long B, long N, long D) {
 #pragma omp parallel for schedule(static)
-    for (long at = 0; at < B * N; at++)
+    for (long at = 0; at < B * N; at++) {
+        const float *by = gate + at / N * stride, *row = x + at * D;
         by_vectors(0, D, [&](long i, long n) {
-            Vec added = load(gate + at / N * stride + i, n) * load(y + at * D + i, n);
-            store(z + at * D + i, load(x + at * D + i, n) + added, n);
+            store(z + at * D + i, load(row + i, n) + load(by + i, n) * load(y + at * D + i, n), n);
         });
+    }
 }
 
 template <class T>
