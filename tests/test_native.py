@@ -163,7 +163,7 @@ def test_what_the_kernels_do_not_take() -> None:
 def run(code: str, **environment: str) -> str:
     return subprocess.run(
         [sys.executable, "-c", code],
-        env=one_thread() | environment,
+        env=one_thread() | {"KINDIFF_NATIVE": ""} | environment,
         capture_output=True,
         text=True,
         check=True,

@@ -153,11 +153,12 @@ def _forward(
     each = v_own is not None and v_own.ndim == 3
     if v_own is not None:
         h_own = narrow.inward(x_BTI, v_own) if each else x @ v_own.T
+    own_parts = () if h_own is None else h_own.chunk(count, dim=-1)
     if mask_B1J is not None:
-        _mask_(parts if h_own is None else h_own.chunk(count, dim=-1), mask_B1J)
+        _mask_(own_parts or parts, mask_B1J)
     ys = []
     for i, (part, u, bias) in enumerate(zip(parts, us, biases, strict=True)):
-        mine = () if h_own is None else (h_own.chunk(count, dim=-1)[i], own[i])
+        mine = (own_parts[i], own[i]) if own_parts else ()
         y_BTO = narrow.outward(part, u, bias, len(x_BTI), *(mine if each else ()))
         if mine and not each:
             _rows(y_BTO).addmm_(*mine)

@@ -68,19 +68,15 @@ def products(layers: Sequence[ComponentLinear], x_BTI: Tensor, gating: Gating | 
 
 def _trained_by_kernels(layers: Sequence[ComponentLinear], gating: Gating, x: Tensor) -> bool:
     """Whether `Gathered` can compute a step of training."""
-    alike = len({(each.rank, each.tailor_sigma.shape, each.bias is None) for each in layers}) == 1
+    factors = [t for each in layers for t in (each.u, each.sigma, each.v, *each.tailors)]
     return (
         torch.is_grad_enabled()
-        and alike
-        and layers[0].bias is not None
         and gating.on is None
         and not gating.weights_BK.requires_grad
-        and native.usable(x, gating.weights_BK)
-        and all(
-            t.dtype == torch.float32 and t.is_contiguous() and native.usable(t)
-            for each in layers
-            for t in (each.u, each.sigma, each.v, *each.tailors)
-        )
+        and len({(each.rank, each.tailor_sigma.shape) for each in layers}) == 1
+        and all(each.bias is not None for each in layers)
+        and all(t.dtype == torch.float32 and t.is_contiguous() for t in factors)
+        and native.usable(x, gating.weights_BK, *factors)
     )
 
 
