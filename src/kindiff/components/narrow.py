@@ -38,9 +38,10 @@ def outward(
     """
     if _usable(common, u):
         y_BTO = (common @ u).view(batch, -1, u.shape[1])
-        if h_BTM is None or u_BMO is None or u_BMO.shape[1] <= MANY:
+        if u_BMO is not None and u_BMO.shape[1] <= MANY:
             return native.add_(y_BTO, h_BTM, u_BMO, bias_O)
-        native.add_(y_BTO, bias_O=bias_O)
+        if bias_O is not None:
+            native.add_(y_BTO, bias_O=bias_O)
     else:
         product = common @ u if bias_O is None else torch.addmm(bias_O, common, u)
         y_BTO = product.view(batch, -1, u.shape[1])
