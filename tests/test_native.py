@@ -182,16 +182,59 @@ def test_where_there_are_none_and_why(tmp_path: Path) -> None:
     assert said == f"(None, '{broken} does not make them: it does not work')"
     assert [path for path in cache.rglob("*") if path != cache / "native"] == []  # nothing half-written
     (tmp_path / "file").write_text("")
-    assert "does not make them" in run(ask, KINDIFF_CACHE=str(tmp_path / "file"))
+    assert "does not make them" in run(ask, CXX=str(broken), KINDIFF_CACHE=str(tmp_path / "file"))
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
+def test_a_c_compiler_makes_them_too(tmp_path: Path) -> None:
+    """As other software may leave it in CXX."""
+    library._compile(shutil.which("gcc"), tmp_path / "kernels.so")
+    library._loaded(tmp_path / "kernels.so")
+    assert [path.name for path in tmp_path.iterdir()] == ["kernels.so"]
 
 
 @needs_kernels
-def test_a_c_compiler_makes_them_too(tmp_path: Path) -> None:
-    """As other software may leave it in CXX."""
-    if shutil.which("gcc") is None:
-        pytest.skip("no gcc")
-    ask = "from kindiff.native import library; print(library.found()[1])"
-    assert run(ask, CXX="gcc", KINDIFF_CACHE=str(tmp_path)).endswith(".so")
+@pytest.mark.parametrize("rank", [3, 16, 37])
+@pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
+def test_gradients_of_learngenes_that_stand_turned(rank, dtype) -> None:
+    torch.manual_seed(0)
+    (u, u64), (sigma, sigma64), (v, _) = random(rank, 21), random(rank), random(rank, 40)
+    (gu, gu64), (gv, gv64) = random(21, rank, dtype=dtype), random(40, 3 * rank, dtype=dtype)
+    du, dsigma, dv = native.turn_back(gu, gv[:, rank : 2 * rank], u, sigma, v)
+    close(du, gu64.T * sigma64[:, None], torch.float32)
+    close(dsigma, (gu64.T * u64).sum(dim=1), torch.float32)
+    close(dv, gv64[:, rank : 2 * rank].T, torch.float32)
+
+
+@needs_kernels
+def test_odd_shapes_and_defaults() -> None:
+    torch.manual_seed(0)
+    h, u = torch.randn(1, 2, 3).transpose(0, 1), torch.randn(2, 3, 4)  # one token: its stride says nothing
+    close(native.add_(torch.zeros(2, 1, 4), h, u), (h.double() @ u.double()), torch.float32)
+    out, g, total = native.across(
+        torch.ones(2, 3, 8), torch.ones(0, 5, 8), torch.ones(0, 3, 5), on=0, total=True
+    )
+    assert (out.shape, g.shape, total.tolist()) == ((0, 3, 5), (0, 5, 8), [6.0] * 8)
+    x, row = torch.randn(4, 3, 8), torch.randn(1, 16).requires_grad_()
+    shift, scale = row.chunk(2, dim=1)  # of the whole batch
+    y = native.norm(x, shift, scale, 1e-6, torch.float32) + native.residual(x, shift, x)
+    wanted = torch.addcmul(shift[:, None], F.layer_norm(x, (8,), eps=1e-6), 1 + scale[:, None])
+    wanted = wanted + torch.addcmul(x, shift[:, None], x)
+    torch.testing.assert_close(y, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(z.square().sum(), row)[0] for z in (y, wanted)))
+    huge = torch.tensor([-1e15, 1e15]).requires_grad_()
+    (slope,) = torch.autograd.grad(native.gelu(huge).sum(), huge)
+    assert slope.tolist() == pytest.approx([0.0, 1.0], abs=1e-30)
+    banks = [(torch.ones(2, 1, 4), torch.ones(2, 1), torch.ones(2, 1, 4))]
+    with pytest.raises(IndexError, match="slots 0 to 2 of a bank of 2"):
+        native.take(banks, torch.tensor([[0], [2]]), torch.ones(2, 1), torch.float32)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = native.across(torch.ones(1, 3, 8).float(), None, torch.ones(1, 3, 2).float(), on=1)[1]
+    finally:
+        torch.set_default_dtype(before)
+    close(found, torch.full((1, 2, 8), 3.0).double(), torch.float32)
 
 
 @needs_kernels

@@ -146,6 +146,7 @@ def test_the_rule() -> None:
     assert choose("auto", slots=2, **by_kernels).name == "gathered"
     assert choose("auto", slots=2, **by_kernels | {"components": 33}).name == "gathered"
     assert choose("auto", slots=2, **by_kernels | {"on": 3, "components": 11}).name == "joined"
+    assert choose("auto", slots=2, **by_kernels | {"dtype": torch.float64}).name == "joined"
     half = choose("auto", slots=2, **by_kernels | {"dtype": torch.bfloat16}).name
     assert half == ("joined" if MATRIX_UNITS else "gathered")
     few = by_kernels | {"kernels": False}

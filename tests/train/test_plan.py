@@ -78,7 +78,7 @@ def test_the_plan_counts_the_model_that_trains(shapes: Path, method: str) -> Non
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("kind", [None, (16, 2), (90, 20)])
 @pytest.mark.parametrize(("width", "side"), [(128, 8), (192, 16)])
-def test_activations_are_what_autograd_keeps(precision, kind, width, side) -> None:
+def test_activations_are_what_autograd_keeps(precision, kind, width, side, kernels) -> None:
     """The formula against the tensors that a real backward pass holds on to."""
     model = backbone(width, side, classes=4)
     if kind is not None:
@@ -88,7 +88,7 @@ def test_activations_are_what_autograd_keeps(precision, kind, width, side) -> No
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize(("known", "mixes"), [(4, 2), (12, 2), (12, 6)])
-def test_a_mixture_keeps_less_than_the_formula_says(precision, known, mixes) -> None:
+def test_a_mixture_keeps_less_than_the_formula_says(precision, known, mixes, kernels) -> None:
     kind = KindConfig(learngene_rank=90, tailor_rank=20, init="per-factor")
     parts = decompose(factorize(backbone(128, 8, classes=known), kind))
     new = {f"new{i}": [parts.classes[(i + k) % known] for k in range(mixes)] for i in range(4)}

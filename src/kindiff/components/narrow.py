@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kindiff import native
 
-MANY = 32
-"""Components of a sample from which on the library's products are the better ones."""
+MANY = 96
+"""Components of a sample, of all layers that share an input, beyond which products are left to the library."""
 
 
 def inward(x_BTI: Tensor, v_BMI: Tensor) -> Tensor:

@@ -58,7 +58,11 @@ class Products(torch.autograd.Function):
 
 
 class Gathered(torch.autograd.Function):
-    """The same of layers' own parameters: their factors are scaled, rounded and gathered here, by kernels of ours."""
+    """The same of layers' own parameters: their factors are scaled, rounded and gathered here, by kernels of ours.
+
+    Which gradients are computed is decided for learngenes, biases and tailors of all layers together. There is no
+    second derivative.
+    """
 
     @staticmethod
     def forward(
@@ -66,9 +70,13 @@ class Gathered(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         count = len(parameters) // 7
         learngenes, tailors, biases = _banks(parameters)
-        us, v = native.take(_of_one_slot(learngenes), None, None, x_BTI.dtype)
         own, v_own = native.take(tailors, slots_BK, weights_BK, x_BTI.dtype)
-        us, v = [u[0] for u in us], v[0]
+        if count == 1 and x_BTI.dtype == torch.float32:
+            u, sigma, v = learngenes[0]
+            us = [u * sigma.unsqueeze(1)]
+        else:
+            us, v = native.take(_of_one_slot(learngenes), None, None, x_BTI.dtype)
+            us, v = [u[0] for u in us], v[0]
         rounded = [bias.to(x_BTI.dtype) for bias in biases]
         ys, h, h_own = _forward(x_BTI, us, v, rounded, own, v_own, None)
         needs = [any(ctx.needs_input_grad[3 + i * count : 3 + (i + 1) * count]) for i in range(7)]

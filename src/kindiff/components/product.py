@@ -75,7 +75,10 @@ def _trained_by_kernels(layers: Sequence[ComponentLinear], gating: Gating, x: Te
         and not gating.weights_BK.requires_grad
         and len({(each.rank, each.tailor_sigma.shape) for each in layers}) == 1
         and all(each.bias is not None for each in layers)
-        and all(t.dtype == torch.float32 and t.is_contiguous() for t in factors)
+        and gating.slots_BK.dtype == torch.int64
+        and gating.slots_BK.shape == gating.weights_BK.shape
+        and all(t.dtype == torch.float32 for t in (gating.weights_BK, *factors))
+        and all(t.is_contiguous() for t in factors)
         and native.usable(x, gating.weights_BK, *factors)
     )
 

@@ -25,6 +25,7 @@ from kindiff.models.layers import (
     Linear,
     add_gated,
     attend,
+    conditions,
     modulate,
     position_table,
     project,
@@ -212,8 +213,8 @@ class Block(nn.Module):
         self.modulation = nn.Linear(config.width, 6 * config.width)
 
     def forward(self, x_BTD: Tensor, c_BD: Tensor, gating: Gating | None) -> Tensor:
-        conditions = self.modulation(c_BD).to(x_BTD.dtype).chunk(6, dim=1)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = conditions
+        parts = conditions(self.modulation(c_BD), x_BTD, 6)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
         h_BTD = modulate(self.norm_attention, x_BTD, shift_a, scale_a)
         x_BTD = add_gated(x_BTD, gate_a, self.attention(h_BTD, gating))
         h_BTD = modulate(self.norm_mlp, x_BTD, shift_m, scale_m)
@@ -238,7 +239,7 @@ class FinalLayer(nn.Module):
         self.out = nn.Linear(config.width, config.patch**2 * config.out_channels)
 
     def forward(self, x_BTD: Tensor, c_BD: Tensor) -> Tensor:
-        shift, scale = self.modulation(c_BD).to(x_BTD.dtype).chunk(2, dim=1)
+        shift, scale = conditions(self.modulation(c_BD), x_BTD, 2)
         return self.out(modulate(self.norm, x_BTD, shift, scale))
 
 

@@ -90,17 +90,28 @@ def attend(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor) -> Tensor:
 def modulate(norm: nn.LayerNorm, x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     """adaLN: norm(x) (1 + scale) + shift, one scale and shift a sample. For matrix products: perhaps in their dtype."""
     dtype = products_dtype(x_BTD)
-    if x_BTD.dtype == torch.float32 and dtype in native.DTYPES and native.usable(x_BTD, shift_BD, scale_BD):
+    plain = norm.weight is None and _all_fp32(x_BTD, shift_BD, scale_BD) and dtype in native.DTYPES
+    if plain and native.usable(x_BTD, shift_BD, scale_BD):
         return native.norm(x_BTD, shift_BD, scale_BD, norm.eps, dtype)
     return torch.addcmul(shift_BD.unsqueeze(1), norm(x_BTD), 1 + scale_BD.unsqueeze(1))
 
 
 def add_gated(x_BTD: Tensor, gate_BD: Tensor, y_BTD: Tensor) -> Tensor:
     """x + gate y, one gate a sample. It is backward that takes a kernel less passes than torch's operation."""
-    training = torch.is_grad_enabled() and x_BTD.dtype == torch.float32
+    training = torch.is_grad_enabled() and _all_fp32(x_BTD, gate_BD)
     if training and native.usable(x_BTD, gate_BD, y_BTD):
         return native.residual(x_BTD, gate_BD, y_BTD)
     return torch.addcmul(x_BTD, gate_BD.unsqueeze(1), y_BTD)
+
+
+def conditions(rows: Tensor, x_BTD: Tensor, count: int) -> tuple[Tensor, ...]:
+    """A modulation's parts, (B, D) each; in fp32, as the kernels take them, where x is and they can be used."""
+    kernels = x_BTD.dtype == torch.float32 and native.usable(x_BTD, rows)
+    return (rows.float() if kernels else rows).chunk(count, dim=1)
+
+
+def _all_fp32(*tensors: Tensor) -> bool:
+    return all(tensor.dtype == torch.float32 for tensor in tensors)
 
 
 def timestep_features(

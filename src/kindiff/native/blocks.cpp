@@ -106,7 +106,10 @@ void gelu_back(const T* x, const T* dy, T* dx, long count) {
 #pragma omp parallel for schedule(static)
     for (long start = 0; start < count; start += RUN)
         by_vectors(start, std::min(count, start + RUN), [&](long i, long n) {
-            Vec a = load(x + i, n), s = sigmoid_of(a);
+            Vec a = load(x + i, n);
+            a = a > 30.0f ? Vec{} + 30.0f : a;  // where the slope is 0 and 1 to the last bit
+            a = a < -30.0f ? Vec{} - 30.0f : a;
+            Vec s = sigmoid_of(a);
             Vec slope = s * (1.0f + a * (1.0f - s) * (LINEAR + 3 * CUBIC * a * a));
             store(dx + i, load(dy + i, n) * slope, n);
         });

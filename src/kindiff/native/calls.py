@@ -28,6 +28,7 @@ def usable(*tensors: Tensor) -> bool:
             for t in tensors
         )
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and not is_in_torch_dispatch_mode()
         and library() is not None
     )
@@ -43,17 +44,17 @@ def across(
     x_BNI = x_BNI.contiguous()
     batch, tokens, width = x_BNI.shape
     pieces = _pieces(batch)
-    count = next(t.shape[d] for t, d in ((v_BMI, 1), (h_BNM, 2)) if t is not None) if on else 0
-    out = g = sums = None
+    count = next(t.shape[d] for t, d in ((v_BMI, 1), (h_BNM, 2)) if t is not None)
+    out = g = sums = rows = None
     if v_BMI is not None:
         v_BMI, out = v_BMI.contiguous(), x_BNI.new_empty(on, tokens, count)
     if h_BNM is not None:
-        h_BNM = _rows_apart(h_BNM)
-        g = torch.empty(on, pieces, count, width)
+        rows = _rows_apart(h_BNM)
+        g = _sums(x_BNI, on, pieces, count, width)
     if total:
-        sums = torch.empty(batch * pieces, width)
+        sums = _sums(x_BNI, batch * pieces, width)
     _call(
-        "across", x_BNI, x_BNI, v_BMI, out, count, h_BNM, 0 if h_BNM is None else h_BNM.stride(1), g, sums,
+        "across", x_BNI, x_BNI, v_BMI, out, rows, 0 if rows is None else rows.stride(0), g, sums,
         batch, on, tokens, width, count, pieces,
     )  # fmt: skip
     dtype = x_BNI.dtype
@@ -73,7 +74,7 @@ def add_(
     on = count = stride = 0
     if h_BNM is not None and u_BMO is not None:
         h_BNM, u_BMO = _rows_apart(h_BNM), u_BMO.contiguous()
-        on, count, stride = len(u_BMO), u_BMO.shape[1], h_BNM.stride(1)
+        on, count, stride = len(u_BMO), u_BMO.shape[1], h_BNM.stride(0)
     _call("add", y_BNO, y_BNO, h_BNM, stride, u_BMO, bias_O, batch, on, tokens, width, count)
     return y_BNO
 
@@ -85,13 +86,17 @@ def take(
     the slot, and all layers' v (B, L K C, I).
 
     Banks are u (S, C, O), sigma (S, C) and v (S, C, I), fp32 and contiguous, C the same for all; a sample has the rows
-    of its K slots. Without slots there is one sample, which has slot 0.
+    of its K slots. Without slots there is one sample, which has slot 0. Raises IndexError for a slot that is not there.
     """
+    if slots_BK is not None and slots_BK.numel():
+        lowest, highest = (int(slot) for slot in slots_BK.aminmax())
+        if lowest < 0 or highest >= len(banks[0][0]):
+            raise IndexError(f"slots {lowest} to {highest} of a bank of {len(banks[0][0])}.")
     slots_BK, weights_BK = (None if t is None else t.contiguous() for t in (slots_BK, weights_BK))
     batch, on = (1, 1) if slots_BK is None else slots_BK.shape
     count, inner = banks[0][2].shape[1:]
-    us = [torch.empty(batch, on * count, u.shape[2], dtype=dtype) for u, _, _ in banks]
-    v_BLMI = torch.empty(batch, len(banks), on * count, inner, dtype=dtype)
+    us = [u.new_empty(batch, on * count, u.shape[2], dtype=dtype) for u, _, _ in banks]
+    v_BLMI = banks[0][2].new_empty(batch, len(banks), on * count, inner, dtype=dtype)
     for i, (found, bank) in enumerate(zip(us, banks, strict=True)):
         _call(
             "take", found, *bank, slots_BK, weights_BK, found, v_BLMI[:, i], v_BLMI.stride(0),
@@ -113,7 +118,7 @@ def take_back(
     gv_BLMI = gv.contiguous().view(batch, len(banks), -1, gv.shape[-1])
     gradients = []
     for i, (gu, (u, sigma, v)) in enumerate(zip(gus, banks, strict=True)):
-        found = torch.empty(u.shape), torch.empty(sigma.shape), torch.empty(v.shape)
+        found = torch.empty_like(u), torch.empty_like(sigma), torch.empty_like(v)
         _call(
             "take_back", gu, gu.contiguous(), gv_BLMI[:, i], gv_BLMI.stride(0), u, sigma, slots_BK, weights_BK, *found,
             len(u), batch, on, *u.shape[1:], v.shape[2],
@@ -124,7 +129,7 @@ def take_back(
 
 def turn_back(gu_OR: Tensor, gv_IR: Tensor, u_RO: Tensor, sigma_R: Tensor, v_RI: Tensor) -> Bank:
     """Gradients of learngenes u, sigma and v, from those of u times sigma and of v, which stand turned."""
-    found = torch.empty(u_RO.shape), torch.empty(sigma_R.shape), torch.empty(v_RI.shape)
+    found = torch.empty_like(u_RO), torch.empty_like(sigma_R), torch.empty_like(v_RI)
     _call("turn_back", gu_OR, gu_OR, gu_OR.stride(0), u_RO, sigma_R, found[0], found[1], *u_RO.shape)
     _call("turn_back", gv_IR, gv_IR, gv_IR.stride(0), None, None, found[2], None, *v_RI.shape)
     return found
@@ -152,7 +157,7 @@ class _Norm(torch.autograd.Function):
     ) -> Tensor:
         x_BND = x_BND.contiguous()
         batch, tokens, width = x_BND.shape
-        shift_BD, scale_BD, stride = _conditions(shift_BD, scale_BD)
+        shift_BD, scale_BD, stride = _conditions(shift_BD, scale_BD, batch)
         y_BND = torch.empty_like(x_BND, dtype=dtype)
         moments = x_BND.new_empty(batch, tokens, 2)
         _call("norm", y_BND, x_BND, shift_BD, scale_BD, stride, y_BND, moments, batch, tokens, width, eps)
@@ -165,7 +170,7 @@ class _Norm(torch.autograd.Function):
         x_BND, scale_BD, moments = ctx.saved_tensors
         batch, tokens, width = x_BND.shape
         pieces = _pieces(batch)
-        dx_BND, dshift, dscale = torch.empty_like(x_BND), *torch.empty(2, batch, pieces, width)
+        dx_BND, dshift, dscale = torch.empty_like(x_BND), *_sums(x_BND, 2, batch, pieces, width)
         dy_BND = dy_BND.contiguous()
         _call(
             "norm_back", dy_BND, dy_BND, x_BND, scale_BD, scale_BD.stride(0), moments, dx_BND, dshift, dscale,
@@ -178,7 +183,7 @@ class _Residual(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BND: Tensor, gate_BD: Tensor, y_BND: Tensor) -> Tensor:
         x_BND, y_BND = x_BND.contiguous(), y_BND.contiguous()
-        gate_BD, _, stride = _conditions(gate_BD, gate_BD)
+        gate_BD, _, stride = _conditions(gate_BD, gate_BD, len(x_BND))
         z_BND = torch.empty_like(x_BND)
         _call("residual", y_BND, x_BND, gate_BD, stride, y_BND, z_BND, *x_BND.shape)
         ctx.save_for_backward(gate_BD, y_BND)
@@ -193,7 +198,7 @@ class _Residual(torch.autograd.Function):
         dz_BND, dy_BND, dgate = (
             dz_BND.contiguous(),
             torch.empty_like(y_BND),
-            torch.empty(batch, pieces, width),
+            _sums(y_BND, batch, pieces, width),
         )
         _call(
             "residual_back", y_BND, dz_BND, gate_BD, gate_BD.stride(0), y_BND, dy_BND, dgate,
@@ -220,6 +225,10 @@ class _Gelu(torch.autograd.Function):
         return dx
 
 
+def _sums(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
+
+
 def _pieces(batch: int) -> int:
     """Into how many parts a sample's rows are cut, so that every thread has some."""
     return -(-torch.get_num_threads() // max(batch, 1))
@@ -231,14 +240,15 @@ def _summed(parts: Tensor) -> Tensor:
 
 
 def _rows_apart(h_BNM: Tensor) -> Tensor:
-    """Rows at one distance from each other, across samples too."""
-    batch, tokens, count = h_BNM.shape
-    whole = h_BNM.stride(2) == 1 and (batch == 1 or h_BNM.stride(0) == tokens * h_BNM.stride(1))
-    return h_BNM if whole and h_BNM.stride(1) >= count else h_BNM.contiguous()
+    """(B N, M): rows at one distance from each other, across samples too."""
+    rows = h_BNM.flatten(0, 1)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _conditions(a_BD: Tensor, b_BD: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Two of a sample's vectors, such as parts of one tensor: with one distance between the rows of both."""
+def _conditions(a_BD: Tensor, b_BD: Tensor, batch: int) -> tuple[Tensor, Tensor, int]:
+    """Two of a sample's vectors, such as parts of one tensor: with one distance between the rows of both. One row may
+    be everyone's."""
+    a_BD, b_BD = a_BD.expand(batch, -1), b_BD.expand(batch, -1)
     if a_BD.stride() != b_BD.stride() or a_BD.stride(1) != 1:
         a_BD, b_BD = a_BD.contiguous(), b_BD.contiguous()
     return a_BD, b_BD, a_BD.stride(0)

@@ -31,7 +31,7 @@ FLAGS = [
     "-fopenmp",
 ]
 ARGUMENTS = {
-    "across": "pppipippiiiiii",
+    "across": "ppppippiiiiii",
     "add": "ppippiiiii",
     "take": "pppppppiiiiii",
     "take_back": "ppipppppppiiiiii",
@@ -49,7 +49,6 @@ OFF = "KINDIFF_NATIVE"
 """Set to 0, this variable of the environment does without the kernels."""
 
 
-@functools.cache
 def library() -> ctypes.CDLL | None:
     """The loaded kernels, or None."""
     return found()[0]
@@ -60,16 +59,20 @@ def found() -> tuple[ctypes.CDLL | None, str]:
     """The loaded kernels, or None; and where they are, or why there are none."""
     if os.environ.get(OFF) == "0":
         return None, f"{OFF}=0"
+    compilers = filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++")))
     why = "no C++ compiler"
-    for compiler in filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))):
+    for compiler in {os.path.realpath(path): str(Path(path).absolute()) for path in compilers}.values():
         try:
             path = runtime.cache_folder() / "native" / f"{_made_of(compiler)}.so"
             if not path.exists():
                 _compile(compiler, path)
             return _loaded(path), str(path)
-        except (OSError, subprocess.SubprocessError) as error:
+        except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
             said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-            why = f"{compiler} does not make them: {(said.strip() or str(error)).splitlines()[-1]}"
+            lines = said.strip().splitlines() or [str(error)]
+            why = f"{compiler} does not make them: {next((line for line in lines if 'error' in line), lines[-1])}"
+            if isinstance(error, subprocess.TimeoutExpired):
+                break
     return None, why
 
 
@@ -84,7 +87,7 @@ def _loaded(path: Path) -> ctypes.CDLL:
 
 def _made_of(compiler: str) -> str:
     """A name for the source, the compiler and the processor together."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
+    version = _said([compiler, "--version"], timeout=20).encode()
     parts = [
         *(file.read_bytes() for file in (HEADER, *SOURCES)),
         version,
@@ -105,5 +108,11 @@ def _compile(compiler: str, path: Path) -> None:
             [compiler, *FLAGS, "-c", *map(str, SOURCES)],
             [compiler, "-shared", *objects, "-o", path.name],
         ):
-            subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=300)
+            _said(command, timeout=120, cwd=folder)
         (Path(folder) / path.name).replace(path)
+
+
+def _said(command: list[str], *, timeout: int, cwd: str | None = None) -> str:
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, errors="replace", check=True, timeout=timeout
+    ).stdout

@@ -77,7 +77,7 @@ inline void collect_of_rows(const T* x, long I, const T* h, long M, long stride,
 }
 
 template <class T>
-void across(const T* x, const T* v, T* out, long out_stride, const T* h, long stride, float* g, float* sums, long B,
+void across(const T* x, const T* v, T* out, const T* h, long stride, float* g, float* sums, long B,
             long on, long N, long I, long M, long pieces) {
 #pragma omp parallel for schedule(static)
     for (long part = 0; part < B * pieces; part++) {
@@ -91,7 +91,7 @@ void across(const T* x, const T* v, T* out, long out_stride, const T* h, long st
             const T* rows = x + (b * N + t) * I;
             if (out && b < on)
                 for (long r = 0; r < R; r += SOME)
-                    dots_of_rows<T, SOME>(rows + r * I, I, v + b * M * I, M, out + (b * N + t + r) * out_stride, out_stride);
+                    dots_of_rows<T, SOME>(rows + r * I, I, v + b * M * I, M, out + (b * N + t + r) * M, M);
             if (own || plain) collect_of_rows<T, R>(rows, I, h + (b * N + t) * stride, own ? M : 0, stride, own, plain);
         });
     }
@@ -207,9 +207,9 @@ void turn_back(const T* g, long stride, const float* u, const float* sigma, floa
 }  // namespace
 
 #define FOR(T, name) \
-    extern "C" void across_##name(const T* x, const T* v, T* out, long out_stride, const T* h, long stride, float* g, \
+    extern "C" void across_##name(const T* x, const T* v, T* out, const T* h, long stride, float* g, \
                                   float* sums, long B, long on, long N, long I, long M, long pieces) { \
-        across(x, v, out, out_stride, h, stride, g, sums, B, on, N, I, M, pieces); \
+        across(x, v, out, h, stride, g, sums, B, on, N, I, M, pieces); \
     } \
     extern "C" void add_##name(T* y, const T* h, long stride, const T* u, const T* bias, long B, long on, long N, \
                                    long O, long M) { \

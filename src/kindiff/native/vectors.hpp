@@ -1,4 +1,4 @@
-// Vectors of float as the compiler itself has them (GCC, Clang), as wide as this processor's registers, and the numbers
+// Vectors of float as the compiler itself has them (GCC, Clang), and the numbers
 // that are loaded into them: float or bf16.
 #pragma once
 #include <algorithm>

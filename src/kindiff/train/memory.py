@@ -46,20 +46,32 @@ def memory(model: DiT, config: TrainConfig, images: int, device: torch.device) -
         "optimiser": 8 * trained,
         "average": 4 * trained,
         "activations": activations(
-            model, precision_on(device, config.precision), images, device, recompute=config.recompute
+            model,
+            precision_on(device, config.precision),
+            images,
+            device,
+            recompute=config.recompute,
+            compiled=config.compile,
         ),
     }
 
 
 def activations(
-    model: DiT, precision: str, images: int, device: torch.device, *, recompute: bool = False
+    model: DiT,
+    precision: str,
+    images: int,
+    device: torch.device,
+    *,
+    recompute: bool = False,
+    compiled: bool = False,
 ) -> int:
     """Bytes that the backward pass of `images` at once needs from the forward pass.
 
+    compiled: as a graph, which has none of the kernels for the CPU.
     recompute: of every block only its input is kept, and one block's activations at a time.
     """
     config = model.config
-    kernels = device.type == "cpu" and native.usable()
+    kernels = device.type == "cpu" and native.usable() and not compiled
     size, (per_width, per_hidden) = SIZE[precision], (KEPT_BY_KERNELS if kernels else KEPT)[precision]
     shapes = [config.matrix_shape(matrix) for matrix in MATRICES]
     # Products with V that a token keeps; bytes of an image's own tailors, and of a step's.
@@ -85,15 +97,11 @@ def activations(
             # u, for the gradient of sigma
             rows = 4 * tailors * sum(config.matrix_shape(matrix)[0] for matrix in structure.targets)
         else:
-            whole = precision == "bf16" or (kernels and structure.gate == "table")
-            # else u times sigma, and the stacked V of q, k and v; the other V are the parameters themselves
-            sides = sides if whole else sum(o for o, _ in shapes) + 3 * config.width
+            # fp32: u times sigma, and the stacked V of q, k and v; the other V are the parameters themselves.
+            sides = sides if precision == "bf16" else sum(o for o, _ in shapes) + 3 * config.width
             copies = rank * sides if rank else copies
-            gathered = (
-                (size if kernels and structure.gate == "table" else PER_GATHERED[precision])
-                * tailors
-                * tailored
-            )
+            by_kernels = kernels and structure.gate == "table" and rank > 0
+            gathered = (size if by_kernels else PER_GATHERED[precision]) * tailors * tailored
     copies += 6 * config.width**2 if precision == "bf16" else 0  # the modulation
     token = per_width * config.width + per_hidden * config.hidden + size * columns
     if precision == "bf16" and device.type == "cpu":
