@@ -28,8 +28,8 @@ class Products(torch.autograd.Function):
     the products with V are multiplied by its mask, so that the others' tailors give nothing. A mask without v is for a
     bank that stands in the last J rows of each U_i and of each layer's part of V.
 
-    Each sample's own may be the first samples' alone: the others have none. Only the gradients that are asked for are
-    computed.
+    Each sample's own may be the first samples' alone: the others have none. Which gradients are computed is decided
+    for the u, v, biases and tailors of all layers together.
     """
 
     @staticmethod
