@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kindiff import native
-from kindiff.native import library
+from kindiff.native import compiled
 from toys import one_thread
 
-needs_kernels = pytest.mark.skipif(not native.usable(), reason="no kernels: " + library.found()[1])
+needs_kernels = pytest.mark.skipif(not native.usable(), reason="no kernels: " + compiled.found()[1])
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3}
 """Relative, of the norm; bf16 rounds to 8 bits."""
 WIDTHS = (1, 7, 16, 24, 61, 96)
@@ -171,7 +171,7 @@ def run(code: str, **environment: str) -> str:
 
 
 def test_where_there_are_none_and_why(tmp_path: Path) -> None:
-    ask = "from kindiff.native import library; print(library.found())"
+    ask = "from kindiff.native import compiled; print(compiled.found())"
     assert run(ask, KINDIFF_NATIVE="0") == "(None, 'KINDIFF_NATIVE=0')"
     assert run(ask, PATH=str(tmp_path), CXX="") == "(None, 'no C++ compiler')"
     broken = tmp_path / "c++"
@@ -188,8 +188,8 @@ def test_where_there_are_none_and_why(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
 def test_a_c_compiler_makes_them_too(tmp_path: Path) -> None:
     """As other software may leave it in CXX."""
-    library._compile(shutil.which("gcc"), tmp_path / "kernels.so")
-    library._loaded(tmp_path / "kernels.so")
+    compiled._compile(shutil.which("gcc"), tmp_path / "kernels.so")
+    compiled._loaded(tmp_path / "kernels.so")
     assert [path.name for path in tmp_path.iterdir()] == ["kernels.so"]
 
 
@@ -239,7 +239,7 @@ def test_odd_shapes_and_defaults() -> None:
 
 @needs_kernels
 def test_a_machine_makes_them_once(tmp_path: Path) -> None:
-    ask = "from kindiff import native; from kindiff.native import library; print(native.usable(), library.found()[1])"
+    ask = "from kindiff import native; from kindiff.native import compiled; print(native.usable(), compiled.found()[1])"
     told = {"KINDIFF_CACHE": str(tmp_path)}
     first = run(ask, **told)
     (made,) = tmp_path.glob("native/*")

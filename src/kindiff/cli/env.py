@@ -20,11 +20,11 @@ class Args:
 def run(args: Args) -> None:
     """Print what is known of this machine."""
     from kindiff import runtime
-    from kindiff.native import library
+    from kindiff.native import compiled
 
     facts = runtime.versions() | runtime.hardware()
     facts["precision"] = runtime.precision_on(runtime.device_of("auto"), "auto")
-    kernels, where = library.found()
+    kernels, where = compiled.found()
     facts["kernels"] = where if kernels else f"torch's operations: {where}"
     facts["cache"] = str(runtime.cache_folder())
     if args.json:

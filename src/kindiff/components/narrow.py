@@ -45,9 +45,7 @@ def outward(
     else:
         product = common @ u if bias_O is None else torch.addmm(bias_O, common, u)
         y_BTO = product.view(batch, -1, u.shape[1])
-    if h_BTM is not None and u_BMO is not None:
-        y_BTO[: len(u_BMO)].baddbmm_(h_BTM, u_BMO)
-    return y_BTO
+    return y_BTO if h_BTM is None or u_BMO is None else add_outward_(y_BTO, h_BTM, u_BMO)
 
 
 def add_outward_(y_BTO: Tensor, h_BTM: Tensor, u_BMO: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from kindiff.components import fused, narrow
 from kindiff.config import MATRICES, DiTConfig
 from kindiff.errors import UsageError
 from kindiff.models.layers import MATRIX_UNITS, Gating
-from kindiff.native import library
+from kindiff.native import compiled
 
 if TYPE_CHECKING:
     from kindiff.components.linear import ComponentLinear
@@ -157,7 +157,7 @@ def slots_of_a_step(gate: str, slots: int, on: int, images: int) -> int:
 def explain(model: DiT, images: int) -> list[str]:
     """What the rule decides on this machine for a model and a batch of images, and why: a line a decision."""
     structure, device = model.structure, "cuda" if torch.cuda.is_available() else "cpu"
-    kernels, where = library.found()
+    kernels, where = compiled.found()
     between = [f"between the products, on a CPU: {'kernels of our own' if kernels else 'torch'} ({where})"]
     if structure is None:
         return ["dense matrices: nothing to choose", *between]

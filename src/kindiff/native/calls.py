@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from kindiff.native.library import library
+from kindiff.native.compiled import kernels
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 DTYPES = tuple(NAMES)
@@ -30,7 +30,7 @@ def usable(*tensors: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not is_in_torch_dispatch_mode()
-        and library() is not None
+        and kernels() is not None
     )
 
 
@@ -256,5 +256,5 @@ def _conditions(a_BD: Tensor, b_BD: Tensor, batch: int) -> tuple[Tensor, Tensor,
 
 def _call(name: str, typed: Tensor, *arguments: Tensor | int | float | None) -> None:
     """Call the kernel of one tensor's dtype."""
-    kernel = getattr(library(), f"{name}_{NAMES[typed.dtype]}")
+    kernel = getattr(kernels(), f"{name}_{NAMES[typed.dtype]}")
     kernel(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])

@@ -24,10 +24,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # keeps so many times D and H, a value of a sample's gathered tailors so much.
 KEPT = {"bf16": (35, 4), "fp32": (53, 8)}
 PER_GATHERED = {"bf16": 4, "fp32": 6}
-KEPT_BY_KERNELS = {
-    "bf16": (26, 4),
-    "fp32": (42, 8),
-}  # where kindiff.native computes what is between the products
+# The same where kindiff.native computes what is between the products.
+KEPT_BY_KERNELS = {"bf16": (26, 4), "fp32": (42, 8)}
 
 
 def memory(model: DiT, config: TrainConfig, images: int, device: torch.device) -> dict[str, int]:

@@ -49,7 +49,7 @@ OFF = "KINDIFF_NATIVE"
 """Set to 0, this variable of the environment does without the kernels."""
 
 
-def library() -> ctypes.CDLL | None:
+def kernels() -> ctypes.CDLL | None:
     """The loaded kernels, or None."""
     return found()[0]
 
@@ -77,12 +77,12 @@ def found() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _loaded(path: Path) -> ctypes.CDLL:
-    kernels = ctypes.CDLL(str(path))
+    loaded = ctypes.CDLL(str(path))
     for name, kinds in ARGUMENTS.items():
         for dtype in ("float32", "bfloat16"):
-            kernel = getattr(kernels, f"{name}_{dtype}")
+            kernel = getattr(loaded, f"{name}_{dtype}")
             kernel.argtypes, kernel.restype = [TYPES[kind] for kind in kinds], None
-    return kernels
+    return loaded
 
 
 def _made_of(compiler: str) -> str:
