@@ -2,14 +2,15 @@
 
     python benchmarks/operations.py [fp32] [bf16]
 
-Attention against three plain operations; GELU, norm with modulation, gated residual and a layer of components (an MLP's
-first, a class for each image) with the kernels of kindiff.native against the same without them. Each line is the ratio
-torch's / ours of the fastest of several alternating runs: above 1 ours is faster.
+Attention (also against torch's fused one), GELU, norm with modulation, gated residual and a layer of components (an
+MLP's first, a class for each image): with the kernels of kindiff.native against the same without them. Each line is the
+ratio torch's / ours of the fastest of several alternating runs: above 1 ours is faster.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import sys
 import time
@@ -24,11 +25,11 @@ from kindiff.allocator import keep_memory
 from kindiff.components import ComponentLinear
 from kindiff.models import Gating
 from kindiff.models.activation import gelu
-from kindiff.models.layers import add_gated, modulate
+from kindiff.models.layers import add_gated, attend, modulate
 from kindiff.train.memory import DTYPES
 
-HEADS = ((64, 3, 64, 64), (8, 6, 256, 64), (8, 12, 256, 64))
-"""(batch, heads, tokens, width of a head)."""
+HEADS = ((64, 64, 192, 3), (8, 256, 384, 6), (8, 256, 768, 12))
+"""(batch, tokens, width, heads)."""
 WIDTHS = ((32, 64, 128), (8, 256, 384), (8, 256, 768))
 """(batch, tokens, width); the MLP is four times as wide."""
 REPEATS = 9
@@ -36,17 +37,18 @@ REPEATS = 9
 Run = Callable[..., Tensor]
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(dim=-1) @ v
+def fused_attention(*parts: Tensor, heads: int) -> Tensor:
+    by_head = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in parts)
+    return F.scaled_dot_product_attention(*by_head).transpose(1, 2).flatten(2)
 
 
 @contextlib.contextmanager
 def without_kernels() -> Iterator[None]:
-    usable, native.usable = native.usable, lambda *tensors: False
+    kernels, native.calls.kernels = native.calls.kernels, lambda: None
     try:
         yield
     finally:
-        native.usable = usable
+        native.calls.kernels = kernels
 
 
 def layer_of(width: int, batch: int) -> Run:
@@ -60,9 +62,11 @@ def layer_of(width: int, batch: int) -> Run:
 
 def cases(dtype: torch.dtype) -> Iterator[tuple[str, tuple[int, ...], list[Tensor], Run, Run]]:
     """Name, shape, inputs, torch's way (which will have no kernels) and ours."""
-    for shape in HEADS:
+    for *shape, heads in HEADS:
         inputs = [torch.randn(shape, dtype=dtype) for _ in range(3)]
-        yield "attention", shape, inputs, F.scaled_dot_product_attention, plain_attention
+        ours = functools.partial(attend, heads=heads)
+        yield "attention", (*shape, heads), inputs, ours, ours
+        yield "its fused", (*shape, heads), inputs, functools.partial(fused_attention, heads=heads), ours
     for shape in WIDTHS:
         batch, tokens, width = shape
         x, hidden = torch.randn(shape), torch.randn(batch, tokens, 4 * width, dtype=dtype)

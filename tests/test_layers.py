@@ -11,10 +11,10 @@ from kindiff.models.layers import attend
 @pytest.mark.parametrize("requires_grad", [True, False])
 def test_attention_rounds_what_a_tuner_left_in_fp32_and_takes_the_same_way(requires_grad: bool) -> None:
     torch.manual_seed(0)
-    wide = [torch.randn(2, 3, 8, 4, requires_grad=requires_grad) for _ in range(3)]
+    wide = [torch.randn(2, 8, 12, requires_grad=requires_grad) for _ in range(3)]
     narrow = [part.detach().bfloat16().requires_grad_(requires_grad) for part in wide]
     with torch.autocast("cpu", torch.bfloat16):
-        y, rounded = attend(*wide), attend(*narrow)
+        y, rounded = attend(*wide, 3), attend(*narrow, 3)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, rounded)
     if requires_grad:
@@ -25,6 +25,14 @@ def test_attention_rounds_what_a_tuner_left_in_fp32_and_takes_the_same_way(requi
             assert torch.equal(gradient, expected.float())
 
 
+def test_attention_of_parts_that_do_not_fit_is_refused() -> None:
+    q, k = torch.randn(2, 8, 12), torch.randn(2, 8, 12).bfloat16()
+    with pytest.raises(RuntimeError):
+        attend(q, k, q, 3)
+    with pytest.raises(RuntimeError):
+        attend(q, q, q, 5)
+
+
 def test_attention_without_autocast_stays_in_fp32() -> None:
-    parts = [torch.randn(2, 3, 8, 4) for _ in range(3)]
-    assert attend(*parts).dtype == torch.float32
+    parts = [torch.randn(2, 8, 12) for _ in range(3)]
+    assert attend(*parts, 3).dtype == torch.float32

@@ -74,43 +74,6 @@ def test_products_with_each_samples_own(dtype, width, batch, on, tokens, count, 
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
-@pytest.mark.parametrize("slotted", [True, False])
-@pytest.mark.parametrize("width", WIDTHS)
-def test_factors_are_gathered_scaled_and_rounded(width, slotted, dtype, threads) -> None:
-    torch.manual_seed(0)
-    slots, count, layers = (4 if slotted else 1), 3, 2
-    banks = [
-        [random(slots, count, width), random(slots, count), random(slots, count, width + 5)]
-        for _ in range(layers)
-    ]
-    plain = [[pair[0] for pair in bank] for bank in banks]
-    exact = [[pair[1].requires_grad_() for pair in bank] for bank in banks]
-    slots_BK = torch.tensor([[1, 3], [0, 3], [1, 0]]) if slotted else None  # slot 2 is nobody's
-    weights, weights64 = random(3, 2) if slotted else (None, None)
-    us, v = native.take(plain, slots_BK, weights, dtype)
-    index = torch.zeros(1, 1, dtype=torch.int64) if slots_BK is None else slots_BK
-    by = torch.ones(1, 1).double() if weights64 is None else weights64
-    wanted_us = [((u * s[..., None])[index] * by[..., None, None]).flatten(1, 2) for u, s, _ in exact]
-    wanted_v = torch.cat([bank[2][index].flatten(1, 2) for bank in exact], dim=1)
-    for found, wanted in zip([*us, v], [*wanted_us, wanted_v], strict=True):
-        close(found, wanted.detach(), dtype)
-    gradients = [random(*t.shape, dtype=dtype) for t in (*us, v)]
-    torch.autograd.backward([*wanted_us, wanted_v], [g64 for _, g64 in gradients])
-    *gus, gv = (g for g, _ in gradients)
-    for found, wanted in zip(native.take_back(gus, gv, plain, slots_BK, weights), exact, strict=True):
-        for mine, theirs in zip(found, wanted, strict=True):
-            close(mine, theirs.grad, torch.float32)
-    if not slotted:
-        gu = gus[0][0]
-        turned = native.turn_back(
-            gu.T.contiguous(), gv[0].T.contiguous()[:, :count], *(t[0] for t in plain[0])
-        )
-        for mine, theirs in zip(turned, exact[0], strict=True):
-            close(mine, theirs.grad[0], torch.float32)
-
-
-@needs_kernels
-@pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
 @pytest.mark.parametrize("width", WIDTHS[1:])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_the_adaptive_norm_and_the_gated_residual(batch, width, dtype, threads) -> None:
@@ -194,16 +157,115 @@ def test_a_c_compiler_makes_them_too(tmp_path: Path) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("rank", [3, 16, 37])
 @pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
-def test_gradients_of_learngenes_that_stand_turned(rank, dtype) -> None:
+@pytest.mark.parametrize(
+    ("batch", "tokens", "inner", "width"), [(1, 1, 1, 3), (3, 37, 19, 61), (2, 16, 96, 144)]
+)
+@pytest.mark.parametrize(("on", "count"), [(0, 0), (1, 4), (1, 5)])
+def test_products_of_rows_and_what_is_added(batch, tokens, inner, width, on, count, dtype, threads) -> None:
     torch.manual_seed(0)
-    (u, u64), (sigma, sigma64), (v, _) = random(rank, 21), random(rank), random(rank, 40)
-    (gu, gu64), (gv, gv64) = random(21, rank, dtype=dtype), random(40, 3 * rank, dtype=dtype)
-    du, dsigma, dv = native.turn_back(gu, gv[:, rank : 2 * rank], u, sigma, v)
-    close(du, gu64.T * sigma64[:, None], torch.float32)
-    close(dsigma, (gu64.T * u64).sum(dim=1), torch.float32)
-    close(dv, gv64[:, rank : 2 * rank].T, torch.float32)
+    (a, a64), (b, b64) = (random(*shape, dtype=dtype) for shape in ((batch * tokens, inner), (inner, width)))
+    bias, bias64 = random(width, dtype=dtype)
+    (h, h64), (u, u64) = (random(*shape, dtype=dtype) for shape in ((on, tokens, count), (on, count, width)))
+    plain = a64 @ b64
+    wanted = (plain + bias64).view(batch, tokens, width)
+    wanted[:on] += h64 @ u64
+    for second in (b, b.T.contiguous().T):
+        close(native.multiply(a, second), plain, dtype)
+        found = native.multiply(a, second, batch=batch, h_BNM=h, u_BMO=u, bias_O=bias)
+        close(found, wanted.flatten(0, 1), dtype)
+    # Parts of wider rows, read and written; what is beside them stays.
+    wide, out = (
+        torch.ones(batch * tokens, inner + 3, dtype=dtype),
+        torch.ones(batch * tokens, width + 2, dtype=dtype),
+    )
+    wide[:, 2 : 2 + inner] = a
+    native.multiply(wide[:, 2 : 2 + inner], b, out=out[:, 1:-1])
+    close(out[:, 1:-1], plain, dtype)
+    assert out[:, [0, -1]].eq(1).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "count", "width"), [(1, 1, 3), (37, 19, 61), (1100, 24, 50), (513, 96, 144)]
+)
+def test_products_over_all_rows(rows, count, width, dtype, threads) -> None:
+    torch.manual_seed(0)
+    (a, a64), (b, b64) = random(rows, count + 4, dtype=dtype), random(rows, width + 2, dtype=dtype)
+    found = native.multiply_turned(a[:, 3:-1], b[:, 1:-1])
+    close(found, a64[:, 3:-1].T @ b64[:, 1:-1], torch.float32)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 16, 37])
+def test_attention(tokens, dtype, threads) -> None:
+    torch.manual_seed(0)
+    parts, parts64 = zip(*(random(2, tokens, 3 * 8, dtype=dtype) for _ in range(3)), strict=True)
+    parts, parts64 = ([t.requires_grad_() for t in each] for each in (parts, parts64))
+    found = native.attention(*parts, 3)
+    by_head = (part.unflatten(2, (3, 8)).transpose(1, 2) for part in parts64)
+    wanted = F.scaled_dot_product_attention(*by_head).transpose(1, 2).flatten(2)
+    close(found, wanted.detach(), dtype)
+    do, do64 = random(*found.shape, dtype=dtype)
+    found.backward(do)
+    wanted.backward(do64)
+    size = sum(part.grad.norm() for part in parts64)  # one token has no gradient of q and k
+    for part, exact in zip(parts, parts64, strict=True):
+        assert (part.grad.double() - exact.grad).norm() <= 2 * TOLERANCE[dtype] * size
+    large = torch.full((1, 2, 4), 200.0, dtype=dtype)
+    assert native.attention(large, large, large, 2).tolist() == [[[200.0] * 4] * 2]
+    large[0, 1, 0] = torch.nan
+    assert native.attention(large, large, torch.ones_like(large), 1).isnan().all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("count", "rank", "inner", "width", "components", "gelu"),
+    [(1, 1, 3, 5, 1, False), (3, 7, 19, 61, 3, False), (1, 9, 50, 97, 4, True), (2, 24, 96, 48, 5, False)],
+)
+def test_passes_of_layers(count, rank, inner, width, components, gelu, dtype, threads) -> None:
+    torch.manual_seed(0)
+    batch, tokens, slots = 3, 200 if count == 2 else 37, 4  # more rows than are summed over at once
+    shapes = [(rank, width), (rank,), (rank, inner), (width,)]
+    shapes += [(slots, components, width), (slots, components), (slots, components, inner)]
+    pairs = [random(*shape) for shape in shapes for _ in range(count)]
+    parameters, exact = [pair[0] for pair in pairs], [pair[1].requires_grad_() for pair in pairs]
+    (x, x64), (weights, weights64) = random(batch, tokens, inner, dtype=dtype), random(batch, 2)
+    x64.requires_grad_()
+    slots_BK = torch.tensor([[1, 3], [0, 3], [1, 1]])  # one twice, and slot 2 is nobody's
+    wanted = []
+    for layer in range(count):
+        u, sigma, v, bias, *bank = exact[layer::count]
+        own_u = bank[0][slots_BK] * (bank[1][slots_BK] * weights64[..., None])[..., None]
+        h_own = x64 @ bank[2][slots_BK].flatten(1, 2).mT
+        wanted.append((x64 @ v.T) @ (u * sigma[:, None]) + h_own @ own_u.flatten(1, 2) + bias)
+    ys, active, h, h_own = native.layers_forward(x, slots_BK, weights, parameters, gelu=gelu)
+    for found, y in zip(ys, wanted, strict=True):  # of two products, one after the other
+        assert found.dtype == dtype
+        assert (found.double() - y).norm() <= 2 * TOLERANCE[dtype] * y.norm()
+    if gelu:
+        wanted = [F.gelu(wanted[0], approximate="tanh")]
+        close(active, F.gelu(ys[0].double(), approximate="tanh").detach(), dtype)
+    dys, dys64 = zip(*(random(batch, tokens, width, dtype=dtype) for _ in wanted), strict=True)
+    torch.autograd.backward(wanted, dys64)
+    before = ys[0] if gelu else None
+    arguments = dys, x, h, h_own, slots_BK, weights, parameters
+    dx, gradients = native.layers_backward(
+        *arguments, before_gelu=before, inner=True, common=True, biases=True, own=True
+    )
+    for found, tensor in zip([dx, *gradients], [x64, *exact], strict=True):
+        assert found.shape == tensor.shape
+        assert (found.double() - tensor.grad).norm() <= 4 * TOLERANCE[dtype] * tensor.grad.norm()
+    for wants in ({"inner"}, {"common"}, {"biases"}, {"own"}):
+        asked = {name: name in wants for name in ("inner", "common", "biases", "own")}
+        other_dx, others = native.layers_backward(*arguments, before_gelu=before, **asked)
+        kinds = ["common"] * 3 + ["biases"] + ["own"] * 3
+        for i, (found, one) in enumerate(zip(others, gradients, strict=True)):
+            assert found is None if kinds[i // count] not in wants else torch.equal(found, one)
+        assert other_dx is None if "inner" not in wants else torch.equal(other_dx, dx)
 
 
 @needs_kernels
@@ -225,9 +287,25 @@ def test_odd_shapes_and_defaults() -> None:
     huge = torch.tensor([-1e15, 1e15]).requires_grad_()
     (slope,) = torch.autograd.grad(native.gelu(huge).sum(), huge)
     assert slope.tolist() == pytest.approx([0.0, 1.0], abs=1e-30)
-    banks = [(torch.ones(2, 1, 4), torch.ones(2, 1), torch.ones(2, 1, 4))]
+    bank = [torch.ones(shape) for shape in ((3, 4), (3,), (3, 8), (4,), (2, 1, 4), (2, 1), (2, 1, 8))]
     with pytest.raises(IndexError, match="slots 0 to 2 of a bank of 2"):
-        native.take(banks, torch.tensor([[0], [2]]), torch.ones(2, 1), torch.float32)
+        native.layers_forward(torch.ones(2, 3, 8), torch.tensor([[0], [2]]), torch.ones(2, 1), bank)
+    with pytest.raises(ValueError, match="do not fit layers"):
+        native.layers_forward(torch.ones(2, 3, 8), torch.tensor([[0]]), torch.ones(1, 1), bank)
+    with pytest.raises(ValueError, match="do not fit layers"):
+        native.layers_forward(torch.ones(1, 3, 7), torch.tensor([[0]]), torch.ones(1, 1), bank)
+    for wrong in (torch.ones(9, 4), torch.ones(8, 4).bfloat16()):
+        with pytest.raises(RuntimeError, match="do not fit each other"):
+            native.multiply(torch.ones(6, 8), wrong)
+    with pytest.raises(RuntimeError, match="do not fit each other"):
+        native.multiply_turned(torch.ones(6, 8), torch.ones(5, 4))
+    assert native.multiply_turned(torch.ones(0, 8), torch.ones(0, 4)).eq(0).all()
+    none = torch.ones(0, 3, 8), torch.ones(0, 1, dtype=torch.int64), torch.ones(0, 1)
+    ys, _, h, h_own = native.layers_forward(*none, bank)
+    wanted = dict.fromkeys(("inner", "common", "biases", "own"), True)
+    dx, found = native.layers_backward(ys, none[0], h, h_own, *none[1:], bank, before_gelu=None, **wanted)
+    assert dx.shape == (0, 3, 8)
+    assert all(gradient.eq(0).all() for gradient in found)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

@@ -17,7 +17,7 @@ from kindiff.config import TrainConfig, TransferConfig
 from kindiff.errors import UsageError
 from kindiff.evaluate.cost import cost_table, counted_macs, total
 from kindiff.models import DiT
-from kindiff.models.layers import MATRIX_UNITS
+from kindiff.native import MATRIX_UNITS
 from kindiff.train.optimiser import Optimiser
 from kindiff.train.transferring import model_to_train
 from toys import assert_same_tensors

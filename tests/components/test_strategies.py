@@ -14,7 +14,7 @@ from kindiff.components.strategy import choose, explain
 from kindiff.config import KindConfig
 from kindiff.errors import UsageError
 from kindiff.models import DiT, Gating
-from kindiff.models.layers import MATRIX_UNITS
+from kindiff.native import MATRIX_UNITS
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 I_, O_ = 24, 40
@@ -146,9 +146,7 @@ def test_the_rule() -> None:
     assert choose("auto", slots=2, **by_kernels).name == "gathered"
     assert choose("auto", slots=2, **by_kernels | {"components": 33}).name == "gathered"
     assert choose("auto", slots=2, **by_kernels | {"on": 3, "components": 11}).name == "joined"
-    assert choose("auto", slots=2, **by_kernels | {"dtype": torch.float64}).name == "joined"
-    half = choose("auto", slots=2, **by_kernels | {"dtype": torch.bfloat16}).name
-    assert half == ("joined" if MATRIX_UNITS else "gathered")
+    assert choose("auto", slots=2, **by_kernels | {"device": "cuda"}).name == "joined"
     few = by_kernels | {"kernels": False}
     assert choose("auto", slots=6, **few).name == "joined"
     assert choose("auto", slots=7, **few).name == "gathered"

@@ -79,7 +79,7 @@ def test_a_dropped_gate_spares_the_tailor_and_trains_the_embedding(kind_model: D
         assert torch.equal(tensor, before[name]) != moved, name
 
 
-def test_row_adam_on_all_rows_is_torchs_adam() -> None:
+def test_row_adam_on_all_rows_is_torchs_adam(kernels) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = [(5, 3, 4), (5, 7)]
     ours = [nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
@@ -95,7 +95,7 @@ def test_row_adam_on_all_rows_is_torchs_adam() -> None:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
-def test_row_adam_counts_the_steps_of_each_row() -> None:
+def test_row_adam_counts_the_steps_of_each_row(kernels) -> None:
     """A row's first step is bias-corrected as a first step, however late it comes."""
     bank = nn.Parameter(torch.zeros(2, 3))
     adam = RowAdam([bank])

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kindiff.components.algebra import Factors
-from kindiff.components.product import add_tailors_, products
+from kindiff.components.product import activated, add_tailors_, products
 from kindiff.components.strategy import Choice
+from kindiff.models.activation import gelu
 from kindiff.models.layers import Gating, compute_dtype
 
 
@@ -80,6 +81,12 @@ class ComponentLinear(nn.Module):
 
     def forward(self, x_BTI: Tensor, gating: Gating | None) -> Tensor:
         return self.together([self], x_BTI, gating)[0]
+
+    def activated(self, x_BTI: Tensor, gating: Gating | None) -> Tensor:
+        """GELU of what `forward` gives, computed with it where that can be."""
+        if self.rank is None:
+            return gelu(self(x_BTI, gating))
+        return activated(self, compute_dtype(x_BTI), gating)
 
     @staticmethod
     def together(layers: Sequence[ComponentLinear], x_BTI: Tensor, gating: Gating | None) -> list[Tensor]:

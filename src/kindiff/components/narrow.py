@@ -1,10 +1,13 @@
-"""Products of rows with each sample's own few components: by one pass of a kernel of ours over the rows (CPU), where
-the library's batched products take several, or by the library.
+"""Products of rows with learngenes, and with each sample's own few components: by kernels of ours (CPU), of which one
+pass over the rows does for several, or by the library.
 
-B batch, T tokens, I/O features in/out, M components of a sample. What is of samples may be of the first ones alone.
+B batch, T tokens, I/O features in/out, R components that all share, M components of a sample. What is of samples may be
+of the first ones alone.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +27,28 @@ def inward(x_BTI: Tensor, v_BMI: Tensor) -> Tensor:
     return x_BTI[: len(v_BMI)] @ v_BMI.mT
 
 
+def common(rows: Tensor, factors: Tensor) -> Tensor:
+    """Rows (B T, I) times factors (I, R) that all share."""
+    return native.multiply(rows, factors) if _multiplied(rows, factors) else rows @ factors
+
+
+def joined(rows: Sequence[Tensor], factors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:
+    """Each layer's rows times its factors; and, where kernels put them side by side, all of them as one tensor."""
+    if not all(map(_multiplied, rows, factors)):
+        return [a @ b for a, b in zip(rows, factors, strict=True)], None
+    widths = [b.shape[1] for b in factors]
+    whole = rows[0].new_empty(len(rows[0]), sum(widths))
+    parts = whole.split(widths, dim=1)
+    for a, b, part in zip(rows, factors, parts, strict=True):
+        native.multiply(a, b, out=part)
+    return parts, whole
+
+
+def turned(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b of rows a (B T, R) and b (B T, O): (R, O), by kernels in fp32."""
+    return native.multiply_turned(a, b) if _multiplied(a, b) else a.T @ b
+
+
 def outward(
     common: Tensor,
     u: Tensor,
@@ -36,15 +61,11 @@ def outward(
 
     To the bit, a sample whose own components are zero is one that has none.
     """
-    if _usable(common, u):
-        y_BTO = (common @ u).view(batch, -1, u.shape[1])
-        if u_BMO is not None and u_BMO.shape[1] <= MANY:
-            return native.add_(y_BTO, h_BTM, u_BMO, bias_O)
-        if bias_O is not None:
-            native.add_(y_BTO, bias_O=bias_O)
-    else:
-        product = common @ u if bias_O is None else torch.addmm(bias_O, common, u)
-        y_BTO = product.view(batch, -1, u.shape[1])
+    if _multiplied(common, u):
+        y = native.multiply(common, u, batch=batch, h_BNM=h_BTM, u_BMO=u_BMO, bias_O=bias_O)
+        return y.view(batch, -1, u.shape[1])
+    product = common @ u if bias_O is None else torch.addmm(bias_O, common, u)
+    y_BTO = product.view(batch, -1, u.shape[1])
     return y_BTO if h_BTM is None or u_BMO is None else add_outward_(y_BTO, h_BTM, u_BMO)
 
 
@@ -80,6 +101,10 @@ def gathered(h_BTM: Tensor, x_BTI: Tensor) -> Tensor:
 
 def _by_kernel(rows: Tensor, own_BMI: Tensor) -> bool:
     return own_BMI.shape[1] <= MANY and _usable(rows, own_BMI)
+
+
+def _multiplied(rows: Tensor, factors: Tensor) -> bool:
+    return _usable(rows, factors) and native.multiplies(rows)
 
 
 def _usable(rows: Tensor, others: Tensor) -> bool:

@@ -8,7 +8,6 @@ bank, S slots, K slots per sample.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +17,6 @@ from torch.autograd.function import once_differentiable
 
 from kindiff import native
 from kindiff.components import narrow
-from kindiff.components.algebra import Factors
 
 
 class Products(torch.autograd.Function):
@@ -54,11 +52,16 @@ class Products(torch.autograd.Function):
         dx, du, dv, db, du_own, dv_own = _backward(
             dys_BTO, ctx.needs, x_BTI, h, h_own, us, v, own, v_own, mask_B1J
         )
-        return dx, dv, None, dv_own, *du, *db, *du_own
+        return dx, _like(dv, v), None, dv_own, *map(_like, du, us), *db, *du_own
+
+
+def _like(gradient: Tensor | None, tensor: Tensor) -> Tensor | None:
+    return None if gradient is None else gradient.to(tensor.dtype)
 
 
 class Gathered(torch.autograd.Function):
-    """The same of layers' own parameters: their factors are scaled, rounded and gathered here, by kernels of ours.
+    """The same of layers' own parameters, in training on a CPU: a pass is one kernel, which scales, rounds and gathers
+    the factors too. With gelu: GELU of the one layer's y.
 
     Which gradients are computed is decided for learngenes, biases and tailors of all layers together. There is no
     second derivative.
@@ -66,64 +69,26 @@ class Gathered(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_BTI: Tensor, slots_BK: Tensor, weights_BK: Tensor, *parameters: Tensor
+        ctx: Any, x_BTI: Tensor, slots_BK: Tensor, weights_BK: Tensor, gelu: bool, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
-        count = len(parameters) // 7
-        learngenes, tailors, biases = _banks(parameters)
-        own, v_own = native.take(tailors, slots_BK, weights_BK, x_BTI.dtype)
-        if count == 1 and x_BTI.dtype == torch.float32:
-            u, sigma, v = learngenes[0]
-            us = [u * sigma.unsqueeze(1)]
-        else:
-            us, v = native.take(_of_one_slot(learngenes), None, None, x_BTI.dtype)
-            us, v = [u[0] for u in us], v[0]
-        rounded = [bias.to(x_BTI.dtype) for bias in biases]
-        ys, h, h_own = _forward(x_BTI, us, v, rounded, own, v_own, None)
-        needs = [any(ctx.needs_input_grad[3 + i * count : 3 + (i + 1) * count]) for i in range(7)]
-        common, mine = any(needs[:3]), any(needs[4:])
-        ctx.needs = _Needs(ctx.needs_input_grad[0], common, common, needs[3], mine, mine)
-        ctx.count = count
-        ctx.save_for_backward(
-            *_kept(ctx.needs, x_BTI, h, h_own), slots_BK, weights_BK, v, v_own, *us, *own, *parameters
-        )
-        return tuple(ys)
+        x_BTI, slots_BK, weights_BK = x_BTI.contiguous(), slots_BK.contiguous(), weights_BK.contiguous()
+        ys, active, h, h_own = native.layers_forward(x_BTI, slots_BK, weights_BK, parameters, gelu=gelu)
+        count = len(ys)
+        needs = [any(ctx.needs_input_grad[4 + i * count : 4 + (i + 1) * count]) for i in range(7)]
+        ctx.needs = {"common": any(needs[:3]), "biases": needs[3], "own": any(needs[4:])}
+        before = ys[0] if gelu else None
+        ctx.save_for_backward(before, x_BTI, h, h_own, slots_BK, weights_BK, *parameters)
+        return tuple(ys) if active is None else (active,)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *dys_BTO: Tensor) -> tuple[Tensor | None, ...]:
-        x_BTI, h, h_own, slots_BK, weights_BK, v, v_own, *rest = ctx.saved_tensors
-        us, own, parameters = rest[: ctx.count], rest[ctx.count : 2 * ctx.count], rest[2 * ctx.count :]
-        turned = v.dtype == torch.float32
-        dx, du, dv, db, du_own, dv_own = _backward(
-            dys_BTO, ctx.needs, x_BTI, h, h_own, us, v, own, v_own, None, turned=turned
-        )
-        learngenes, tailors, biases = _banks(parameters)
-        found: list[Sequence[Tensor | None]] = [[None] * ctx.count] * 7
-        if dv is not None and turned:
-            parts = zip(du, dv.chunk(ctx.count, dim=1), learngenes, strict=True)
-            found[:3] = zip(*(native.turn_back(g, gv, *factors) for g, gv, factors in parts), strict=True)
-        elif dv is not None:
-            banks = native.take_back(du, dv, _of_one_slot(learngenes), None, None)
-            found[:3] = [[d[0] for d in kind] for kind in zip(*banks, strict=True)]
-        if ctx.needs.biases:
-            found[3] = [d.to(bias.dtype) for d, bias in zip(db, biases, strict=True)]
-        if dv_own is not None:
-            banks = native.take_back(du_own, dv_own, tailors, slots_BK, weights_BK)
-            found[4:] = zip(*banks, strict=True)
-        return dx, None, None, *itertools.chain.from_iterable(found)
-
-
-def _banks(parameters: Sequence[Tensor]) -> tuple[list[Factors], list[Factors], Sequence[Tensor]]:
-    """Of what `Gathered` is given: each layer's learngenes, its bank of tailors, and its bias."""
-    count = len(parameters) // 7
-    u, sigma, v, biases, *own = (parameters[i * count : (i + 1) * count] for i in range(7))
-    learngenes = [Factors(*layer) for layer in zip(u, sigma, v, strict=True)]
-    return learngenes, [Factors(*layer) for layer in zip(*own, strict=True)], biases
-
-
-def _of_one_slot(learngenes: Sequence[Factors]) -> list[Factors]:
-    """Learngenes as a bank."""
-    return [Factors(*(factor.unsqueeze(0) for factor in factors)) for factors in learngenes]
+        before, x_BTI, h, h_own, slots_BK, weights_BK, *parameters = ctx.saved_tensors
+        dx, found = native.layers_backward(
+            dys_BTO, x_BTI, h, h_own, slots_BK, weights_BK, parameters,
+            before_gelu=before, inner=ctx.needs_input_grad[0], **ctx.needs,
+        )  # fmt: skip
+        return dx, None, None, None, *found
 
 
 class _Needs(NamedTuple):
@@ -155,7 +120,7 @@ def _forward(
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """The y of each layer, h and x v^T."""
     count, x = len(us), _rows(x_BTI)
-    h = x @ v.T
+    h = narrow.common(x, v.T)
     h_own: Any = None
     parts = h.split([len(u) for u in us], dim=1)
     each = v_own is not None and v_own.ndim == 3
@@ -185,12 +150,10 @@ def _backward(
     own: Sequence[Tensor],
     v_own: Any,
     mask_B1J: Any,
-    *,
-    turned: bool = False,
 ) -> tuple[Any, ...]:
     """Gradients of x, the u, v, the biases, the tailors' u and v; None where they are not asked for.
 
-    turned: those of the u and v stand turned, (O, R) and (I, L R): in fp32 a CPU's library is faster at such products.
+    Those of the u and v may be in fp32.
     """
     count, batch, dys = len(us), len(dys_BTO[0]), [_rows(dy) for dy in dys_BTO]
     each = v_own is not None and v_own.ndim == 3
@@ -215,19 +178,19 @@ def _backward(
         dv_own = dh_own.T @ x if needs.v_own else None
         du_own = [h_i.T @ dy if needs.u_own else None for h_i, dy in zip(mine, dys, strict=True)]
     if needs.x or needs.v:
-        parts = [dy @ u.T for dy, u in zip(dys, us, strict=True)]
+        each_dh, dh = narrow.joined(dys, [u.T for u in us])
         if mask_B1J is not None and v_own is None:
-            _mask_(parts, mask_B1J)
-        dh = stack(parts, dim=1)
+            _mask_(each_dh, mask_B1J)
+        dh = stack(each_dh, dim=1) if dh is None else dh
         if needs.v:
-            dv = x.T @ dh if turned else dh.T @ x
+            dv = narrow.turned(dh, x)
         if needs.x:
             dx = narrow.outward(dh, v, None, batch, *((dh_own, v_own) if each else ()))
             if dh_own is not None and not each:
                 _rows(dx).addmm_(dh_own, v_own)
     if needs.u:
         pieces = h.split([len(u) for u in us], dim=1)
-        du = [dy.T @ part if turned else part.T @ dy for part, dy in zip(pieces, dys, strict=True)]
+        du = [narrow.turned(part, dy) for part, dy in zip(pieces, dys, strict=True)]
     return dx, du, dv, db, du_own, dv_own
 
 
@@ -242,6 +205,6 @@ def _mask_(parts: Sequence[Tensor], mask_B1J: Tensor) -> None:
         part.unflatten(0, (batch, -1))[..., -columns:].mul_(mask_B1J)
 
 
-def stack(tensors: list[Tensor], dim: int = 0) -> Tensor:
+def stack(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     """One tensor of several, without a copy where there is one only."""
-    return torch.cat(tensors, dim=dim) if len(tensors) > 1 else tensors[0]
+    return torch.cat(list(tensors), dim=dim) if len(tensors) > 1 else tensors[0]

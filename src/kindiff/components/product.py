@@ -22,6 +22,7 @@ from kindiff.components import narrow
 from kindiff.components.fused import FusedProducts
 from kindiff.components.passes import Gathered, Products, stack
 from kindiff.components.strategy import strategy_of
+from kindiff.models.activation import gelu
 from kindiff.models.layers import Gating
 
 if TYPE_CHECKING:
@@ -45,17 +46,13 @@ def products(layers: Sequence[ComponentLinear], x_BTI: Tensor, gating: Gating | 
     if not first.has_tailors or gating is None or gating.on == 0:
         us, v, biases = _common(layers, gating, dtype)
         return list(Products.apply(x_BTI, v, None, None, *us, *biases))
+    if _trained_by_kernels(layers, gating, x_BTI):
+        return _by_kernels(layers, x_BTI, gating)
     how = strategy_of(layers, gating, dtype).name
     if first.tailor_mix is not None:
         return [_mixed(layer, x_BTI, gating, joined=how == "joined") for layer in layers]
     if how == "joined":
         return list(Products.apply(x_BTI, *_joined(layers, gating, dtype)))
-    if how == "gathered" and _trained_by_kernels(layers, gating, x_BTI):
-        parameters = zip(
-            *((each.u, each.sigma, each.v, each.bias, *each.tailors) for each in layers), strict=True
-        )
-        found = itertools.chain.from_iterable(parameters)
-        return list(Gathered.apply(x_BTI, gating.slots_BK, gating.weights_BK, *found))
     us, v, biases = _common(layers, gating, dtype)
     if how == "fused":
         own, v_own = _own(layers, gating, dtype)
@@ -66,20 +63,38 @@ def products(layers: Sequence[ComponentLinear], x_BTI: Tensor, gating: Gating | 
     return list(Products.apply(x_BTI, v, None, v_own, *us, *biases, *own))
 
 
+def activated(layer: ComponentLinear, x_BTI: Tensor, gating: Gating | None) -> Tensor:
+    """GELU of a factored layer's y (B, T, O), in one pass with it where the kernels can."""
+    if layer.has_tailors and gating is not None and _trained_by_kernels([layer], gating, x_BTI):
+        return _by_kernels([layer], x_BTI, gating, gelu=True)[0]
+    return gelu(products([layer], x_BTI, gating)[0])
+
+
+def _by_kernels(
+    layers: Sequence[ComponentLinear], x_BTI: Tensor, gating: Gating, *, gelu: bool = False
+) -> list[Tensor]:
+    parameters = ((each.u, each.sigma, each.v, each.bias, *each.tailors) for each in layers)
+    found = itertools.chain.from_iterable(zip(*parameters, strict=True))
+    return list(Gathered.apply(x_BTI, gating.slots_BK, gating.weights_BK, gelu, *found))
+
+
 def _trained_by_kernels(layers: Sequence[ComponentLinear], gating: Gating, x: Tensor) -> bool:
-    """Whether `Gathered` can compute a step of training."""
-    factors = [t for each in layers for t in (each.u, each.sigma, each.v, *each.tailors)]
+    """Whether `Gathered` is to compute a step of training, and can."""
+    if any(each.bias is None or each.tailor_mix is not None for each in layers):
+        return False
+    factors = [t for each in layers for t in (each.u, each.sigma, each.v, each.bias, *each.tailors)]
     return (
         torch.is_grad_enabled()
+        and strategy_of(layers, gating, x.dtype).name == "gathered"
         and gating.on is None
         and not gating.weights_BK.requires_grad
-        and len({(each.rank, each.tailor_sigma.shape) for each in layers}) == 1
-        and all(each.bias is not None for each in layers)
+        and len({(each.u.shape, each.tailor_sigma.shape) for each in layers}) == 1
+        and len(layers) * gating.slots_BK.shape[1] * layers[0].tailor_sigma.shape[1] <= narrow.MANY
         and gating.slots_BK.dtype == torch.int64
         and gating.slots_BK.shape == gating.weights_BK.shape
         and all(t.dtype == torch.float32 for t in (gating.weights_BK, *factors))
         and all(t.is_contiguous() for t in factors)
-        and native.usable(x, gating.weights_BK, *factors)
+        and native.multiplies(x, gating.weights_BK, *factors)
     )
 
 

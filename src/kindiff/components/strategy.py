@@ -23,8 +23,8 @@ from kindiff import native
 from kindiff.components import fused, narrow
 from kindiff.config import MATRICES, DiTConfig
 from kindiff.errors import UsageError
-from kindiff.models.layers import MATRIX_UNITS, Gating
-from kindiff.native import compiled
+from kindiff.models.layers import Gating
+from kindiff.native import MATRIX_UNITS, compiled
 
 if TYPE_CHECKING:
     from kindiff.components.linear import ComponentLinear
@@ -35,8 +35,7 @@ Choice = Literal["auto", "gathered", "fused", "joined"]
 JOINED_COLUMNS = {("cpu", torch.float32): 24, ("cpu", torch.bfloat16): 112 if MATRIX_UNITS else 24}
 """Components of a bank (S N, for each slot that a sample has) up to which `joined` is faster than `gathered` by the
 library's products, of which a narrow one costs as much whatever its few columns are. Measured: `python
-benchmarks/strategies.py`, with matrix units and without. Beside kernels of our own it is not faster in fp32 and level
-in bf16 (with matrix units not measured); there it is for what all samples share, which is not copied for each."""
+benchmarks/strategies.py`, with matrix units and without. Beside kernels of our own it is for what all samples share."""
 UNMEASURED_COLUMNS = 16
 """The same for other devices, until it is measured there."""
 MIXED_SLOTS = {
@@ -91,8 +90,8 @@ def choose(
     fits: bool = False,
     kernels: bool | None = None,
 ) -> Strategy:
-    """The rule itself. slots: S of the bank; components: N of a slot; on: K; fits: `fused.fits`; kernels: whether a CPU
-    has those of `kindiff.native`, by default what this one has."""
+    """The rule itself. slots: S of the bank; components: N of a slot; on: K; fits: `fused.fits`; kernels: whether those
+    of `kindiff.native` compute products in this dtype, by default what this CPU has."""
     own: Literal["gathered", "fused"] = "fused" if fits and device == "cuda" else "gathered"
     if wanted == "fused" and not fits:
         raise UsageError(
@@ -109,18 +108,15 @@ def choose(
         return Strategy("gathered", f"a mixture: each class has but {on} of {slots} tailors")
     if not training:
         return Strategy(own, "no tailor trains: equal to the bit for any set of classes")
-    has_kernels = (
-        device == "cpu" and dtype in native.DTYPES and (native.usable() if kernels is None else kernels)
-    )
-    has_kernels = has_kernels and (dtype == torch.float32 or not MATRIX_UNITS)
+    kernels = dtype in native.PRODUCTS and native.usable() if kernels is None else kernels
     limit = JOINED_COLUMNS.get((device, dtype), UNMEASURED_COLUMNS) * on
     size = f"{slots} slots x {components} components in a step's bank"
     if slots <= on:
         return Strategy("joined", f"{size}, all on for every sample: no copies for each")
     if own == "fused":
         return Strategy(own, "half precision on a GPU: the tailors ride in the learngenes' products")
-    if has_kernels and 3 * components * on <= narrow.MANY:  # q, k and v are together
-        return Strategy(own, "kernels of our own on a CPU: one pass for a sample's own tailors")
+    if kernels and device == "cpu" and 3 * components * on <= narrow.MANY:  # q, k and v are together
+        return Strategy(own, "kernels of our own on a CPU: tailors and learngenes in one pass")
     if slots * components <= limit:
         return Strategy("joined", f"{size}, at most {limit}")
     return Strategy("gathered", f"{size}, more than {limit}")

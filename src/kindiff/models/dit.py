@@ -19,10 +19,10 @@ from kindiff import checkpoint
 from kindiff.classes import ClassSet, numbered
 from kindiff.config import MATRICES, DiTConfig, from_dict, to_dict
 from kindiff.errors import BadFileError, UsageError
-from kindiff.models.activation import gelu
 from kindiff.models.layers import (
     Gating,
     Linear,
+    activate,
     add_gated,
     attend,
     conditions,
@@ -218,15 +218,12 @@ class Block(nn.Module):
         h_BTD = modulate(self.norm_attention, x_BTD, shift_a, scale_a)
         x_BTD = add_gated(x_BTD, gate_a, self.attention(h_BTD, gating))
         h_BTD = modulate(self.norm_mlp, x_BTD, shift_m, scale_m)
-        hidden = gelu(self.mlp_in(h_BTD, gating))
+        hidden = activate(self.mlp_in, h_BTD, gating)
         return add_gated(x_BTD, gate_m, self.mlp_out(hidden, gating))
 
     def attention(self, x_BTD: Tensor, gating: Gating | None) -> Tensor:
-        q, k, v = (
-            y.unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for y in project((self.q, self.k, self.v), x_BTD, gating)
-        )
-        return self.o(attend(q, k, v).transpose(1, 2).flatten(2), gating)
+        q, k, v = project((self.q, self.k, self.v), x_BTD, gating)
+        return self.o(attend(q, k, v, self.heads), gating)
 
 
 class FinalLayer(nn.Module):

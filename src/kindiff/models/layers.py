@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kindiff import native
-from kindiff.runtime import cpu_has
+from kindiff.models.activation import gelu
 
-MATRIX_UNITS = cpu_has("amx_bf16")
-"""Whether this CPU multiplies bf16 matrices in hardware (AMX)."""
+FEWEST_TOKENS, FEW_TOKENS = 64, 256
+"""Up to which, in bf16, plain operations are faster than our kernel; and up to which attention in fp32 may keep all
+scores: the square of them, for each head."""
 
 
 class Gating(NamedTuple):
@@ -72,19 +73,41 @@ def project(layers: Sequence[nn.Module], x: Tensor, gating: Gating | None) -> li
     return [layer(x, gating) for layer in layers]
 
 
-def attend(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor) -> Tensor:
-    """Attention of each head H over the tokens, E its width: (B, H, T, E).
+def activate(layer: nn.Module, x: Tensor, gating: Gating | None) -> Tensor:
+    """GELU of a layer's output; a layer that has `activated` may compute both at once."""
+    together = getattr(type(layer), "activated", None)
+    return gelu(layer(x, gating)) if together is None else together(layer, x, gating)
 
-    torch's fused kernel, except in bf16 on a CPU, where three plain operations are faster at these lengths: in
-    training, and everywhere without matrix units (benchmarks/operations.py).
+
+def attend(q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, heads: int) -> Tensor:
+    """Attention of each head over the tokens: (B, T, D).
+
+    On a CPU (benchmarks/operations.py) by a kernel of ours, where there is one, in fp32 for few tokens and in bf16 for
+    more than FEWEST_TOKENS; else in bf16 by three plain operations, in training and everywhere without matrix units.
+    All else is torch's fused kernel.
     """
     # Tuners may leave them in fp32.
-    q_BHTE, k_BHTE, v_BHTE = (compute_dtype(part) for part in (q_BHTE, k_BHTE, v_BHTE))
-    cpu_bf16 = q_BHTE.device.type == "cpu" and q_BHTE.dtype == torch.bfloat16
-    if cpu_bf16 and (q_BHTE.requires_grad or not MATRIX_UNITS):
-        scores_BHTT = (q_BHTE * q_BHTE.shape[-1] ** -0.5) @ k_BHTE.transpose(-1, -2)
-        return scores_BHTT.softmax(dim=-1) @ v_BHTE
-    return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE)
+    q_BTD, k_BTD, v_BTD = (compute_dtype(part) for part in (q_BTD, k_BTD, v_BTD))
+    alike = (
+        len({(part.dtype, part.shape) for part in (q_BTD, k_BTD, v_BTD)}) == 1 and q_BTD.shape[2] % heads == 0
+    )
+    tokens, half = q_BTD.shape[1], q_BTD.dtype == torch.bfloat16
+    ours = tokens > FEWEST_TOKENS if half else keeps_scores(q_BTD.dtype, tokens)
+    if alike and ours and native.multiplies(q_BTD, k_BTD, v_BTD):
+        return native.attention(q_BTD, k_BTD, v_BTD, heads)
+    q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in (q_BTD, k_BTD, v_BTD))
+    cpu_bf16 = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if cpu_bf16 and (q.requires_grad or not native.MATRIX_UNITS):
+        o = ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(dim=-1) @ v
+    else:
+        o = F.scaled_dot_product_attention(q, k, v)
+    return o.transpose(1, 2).flatten(2)
+
+
+def keeps_scores(dtype: torch.dtype, tokens: int) -> bool:
+    """Whether attention on a CPU may keep all scores for the backward pass: in fp32, where torch's kernel does not,
+    while they are few."""
+    return dtype == torch.bfloat16 or tokens <= FEW_TOKENS
 
 
 def modulate(norm: nn.LayerNorm, x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-// What is element by element or row by row in a transformer block, each in one pass. calls.py says what the functions
+// What is element by element or row by row in a transformer block, each in one pass. functions.py says what the functions
 // compute. B batch, N tokens, D features; `stride` between the samples' vectors of adaLN. Sums are float; a sample's rows
 // are cut into `pieces`, of which each adds to sums of its own.
 #include "vectors.hpp"
@@ -86,18 +86,14 @@ void residual_back(const float* dz, const float* gate, long stride, const T* y, 
     }
 }
 
-constexpr float LINEAR = 1.5957691216f, CUBIC = 0.0713548162726f;  // 2 sqrt(2 / pi), and that times 0.044715
 constexpr long RUN = 2048;
-
-inline Vec sigmoid_of(Vec x) { return 1.0f / (1.0f + exponential(-x * (LINEAR + CUBIC * x * x))); }
 
 template <class T>
 void gelu(const T* x, T* y, long count) {
 #pragma omp parallel for schedule(static)
     for (long start = 0; start < count; start += RUN)
         by_vectors(start, std::min(count, start + RUN), [&](long i, long n) {
-            Vec a = load(x + i, n);
-            store(y + i, a * sigmoid_of(a), n);
+            store(y + i, gelu<T>(load(x + i, n)), n);
         });
 }
 
@@ -106,12 +102,7 @@ void gelu_back(const T* x, const T* dy, T* dx, long count) {
 #pragma omp parallel for schedule(static)
     for (long start = 0; start < count; start += RUN)
         by_vectors(start, std::min(count, start + RUN), [&](long i, long n) {
-            Vec a = load(x + i, n);
-            a = a > 30.0f ? Vec{} + 30.0f : a;  // where the slope is 0 and 1 to the last bit
-            a = a < -30.0f ? Vec{} - 30.0f : a;
-            Vec s = sigmoid_of(a);
-            Vec slope = s * (1.0f + a * (1.0f - s) * (LINEAR + 3 * CUBIC * a * a));
-            store(dx + i, load(dy + i, n) * slope, n);
+            store(dx + i, load(dy + i, n) * slope_of_gelu<T>(load(x + i, n)), n);
         });
 }
 

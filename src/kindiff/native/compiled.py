@@ -19,7 +19,7 @@ from pathlib import Path
 from kindiff import runtime
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
-HEADER = Path(__file__).with_name("vectors.hpp")
+HEADERS = sorted(Path(__file__).parent.glob("*.hpp"))
 FLAGS = [
     "-std=c++17",
     "-O3",
@@ -31,19 +31,25 @@ FLAGS = [
     "-fopenmp",
 ]
 ARGUMENTS = {
+    "multiply": "pipiippipppiiiiiii",
+    "multiply_turned": "pipippp" + "iii",
     "across": "ppppippiiiiii",
     "add": "ppippiiiii",
-    "take": "pppppppiiiiii",
-    "take_back": "ppipppppppiiiiii",
-    "turn_back": "pippppii",
+    "forward": "pppppppppiiiiiiiii",
+    "backward": "ppppppppppp" + "i" * 10,
     "norm": "pppippiiif",
     "norm_back": "pppippppiiii",
     "residual": "ppippiii",
     "residual_back": "ppipppiiii",
+    "attention_scratch": "iii",
+    "attention": "ppppppiiiif",
+    "attention_back": "ppppppppp" + "iiiif",
     "gelu": "ppi",
     "gelu_back": "pppi",
 }
-"""Of each kernel: p a pointer or none, i an integer, f a float."""
+"""Of each kernel, which there is for each dtype: p a pointer or none, i an integer, f a float."""
+OTHERS = {"adam_rows": "ppppppppiiffff"}
+"""Those that there are in fp32 alone."""
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_long, "f": ctypes.c_float}
 OFF = "KINDIFF_NATIVE"
 """Set to 0, this variable of the environment does without the kernels."""
@@ -78,10 +84,12 @@ def found() -> tuple[ctypes.CDLL | None, str]:
 
 def _loaded(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
-    for name, kinds in ARGUMENTS.items():
-        for dtype in ("float32", "bfloat16"):
-            kernel = getattr(loaded, f"{name}_{dtype}")
-            kernel.argtypes, kernel.restype = [TYPES[kind] for kind in kinds], None
+    typed = {
+        f"{name}_{dtype}": kinds for name, kinds in ARGUMENTS.items() for dtype in ("float32", "bfloat16")
+    }
+    for name, kinds in (typed | OTHERS).items():
+        kernel = getattr(loaded, name)
+        kernel.argtypes, kernel.restype = [TYPES[kind] for kind in kinds], ctypes.c_long
     return loaded
 
 
@@ -89,7 +97,7 @@ def _made_of(compiler: str) -> str:
     """A name for the source, the compiler and the processor together."""
     version = _said([compiler, "--version"], timeout=20).encode()
     parts = [
-        *(file.read_bytes() for file in (HEADER, *SOURCES)),
+        *(file.read_bytes() for file in (*HEADERS, *SOURCES)),
         version,
         " ".join(FLAGS).encode(),
         platform.machine().encode(),

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 
 from kindiff import native
-from kindiff.components import fused
+from kindiff.components import fused, narrow
 from kindiff.components.build import Structure
 from kindiff.components.gates import TableGate
 from kindiff.components.strategy import choose, slots_of_a_step
 from kindiff.config import MATRICES, TrainConfig, from_dict
 from kindiff.models.dit import DiT
+from kindiff.models.layers import keeps_scores
 from kindiff.runtime import precision_on
 
 SIZE = {"bf16": 2, "fp32": 4}
@@ -70,6 +71,7 @@ def activations(
     """
     config = model.config
     kernels = device.type == "cpu" and native.usable() and not compiled
+    multiplies = kernels and DTYPES[precision] in native.PRODUCTS
     size, (per_width, per_hidden) = SIZE[precision], (KEPT_BY_KERNELS if kernels else KEPT)[precision]
     shapes = [config.matrix_shape(matrix) for matrix in MATRICES]
     # Products with V that a token keeps; bytes of an image's own tailors, and of a step's.
@@ -98,12 +100,18 @@ def activations(
             # fp32: u times sigma, and the stacked V of q, k and v; the other V are the parameters themselves.
             sides = sides if precision == "bf16" else sum(o for o, _ in shapes) + 3 * config.width
             copies = rank * sides if rank else copies
-            by_kernels = kernels and structure.gate == "table" and rank > 0
-            gathered = (size if by_kernels else PER_GATHERED[precision]) * tailors * tailored
+            gathered = PER_GATHERED[precision] * tailors * tailored
+            if multiplies and structure.gate == "table" and rank > 0 and 3 * tailors <= narrow.MANY:
+                # A layer's pass is one kernel, which makes them again for the backward pass.
+                copies, gathered = copies * (len(MATRICES) - len(structure.targets)) // len(MATRICES), 0
     copies += 6 * config.width**2 if precision == "bf16" else 0  # the modulation
     token = per_width * config.width + per_hidden * config.hidden + size * columns
-    if precision == "bf16" and device.type == "cpu":
-        token += 2 * config.heads * config.tokens  # attention in plain operations keeps its scores
+    if (
+        device.type == "cpu"
+        and (multiplies or precision == "bf16")
+        and keeps_scores(DTYPES[precision], config.tokens)
+    ):
+        token += size * config.heads * config.tokens
     block = config.tokens * token + gathered
     inputs = config.depth * config.tokens * config.width * 4 if recompute else 0
     blocks = 1 if recompute else config.depth

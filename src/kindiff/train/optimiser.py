@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
+from kindiff import native
 from kindiff.components.gates import TableGate
 from kindiff.components.operators import TRITON
 from kindiff.config import TrainConfig
@@ -60,13 +61,26 @@ class RowAdam:
             return
         count = len(rows)
         first = (rows.unsqueeze(1) == rows).int().argmax(dim=1)
+        held = [local(bank) for bank in self.banks]
+        given = [bank.grad for bank in self.banks] if apart is None else [own.grad for own in apart]
+        tensors = [self.steps_S, *held, *(gradient for gradient in given if gradient is not None)]
+        whole = all(tensor.dtype == torch.float32 for tensor in tensors) and all(
+            t.is_contiguous() for t in held
+        )
+        if whole and native.usable(*tensors):
+            once = first == torch.arange(count)
+            self.steps_S[rows[once]] += 1
+            places = rows if apart is None else first
+            native.adam_rows_(
+                held, given, rows[once], places[once], self.mean_SP, self.square_SP, self.steps_S, float(lr), BETAS, EPS
+            )  # fmt: skip
+            return
         found = (
             [_gradient(bank)[rows] for bank in self.banks]
             if apart is None
             else [_gradient(own)[:count] for own in apart]
         )
         gradient = torch.cat([g.flatten(1) for g in found], dim=1)
-        held = [local(bank) for bank in self.banks]
         if gradient.is_cuda and TRITON and gradient.dtype == torch.float32:
             self._step_in_place(gradient, rows, first, lr, held)
             return
