@@ -89,24 +89,10 @@ def multiply_turned(a_NR: Tensor, b_NO: Tensor) -> Tensor:
     (rows, count), width = a_NR.shape, b_NO.shape[1]
     _check(rows == len(b_NO), a_NR, b_NO)
     g = fp32_like(a_NR, count, width)
-    first, second = (
-        fp32_like(a_NR, (rows + 1) * (count + WIDEST)),
-        fp32_like(a_NR, AT_ONCE * torch.get_num_threads()),
-    )
-    call(
-        "multiply_turned",
-        a_NR,
-        a_NR,
-        a_NR.stride(0),
-        b_NO,
-        b_NO.stride(0),
-        first,
-        second,
-        g,
-        rows,
-        count,
-        width,
-    )
+    first = fp32_like(a_NR, (rows + 1) * (count + WIDEST))
+    second = fp32_like(a_NR, AT_ONCE * torch.get_num_threads())
+    rows_of_both = a_NR, a_NR.stride(0), b_NO, b_NO.stride(0)
+    call("multiply_turned", a_NR, *rows_of_both, first, second, g, rows, count, width)
     return g
 
 
