@@ -43,18 +43,6 @@ inline void pack_strips(const T* b, long along, long across, long K, long O, Uni
     }
 }
 
-// y (N, O) = a b of rows first.. to end - 1
-template <class T>
-inline void multiply(const T* a, long apart, long K, const Unit<T>* b, T* y, long y_apart, long O, long first, long end) {
-    for (long o = 0; o < O; o += STRIP) {
-        const long n = std::min(STRIP, O - o);
-        by_tiles(first, end, n, [&](long t, auto high, auto width) {
-            tile<T, decltype(high)::value, decltype(width)::value, T>(
-                a + t * apart, apart, K, b + o * up(K, PAIR<T>), nullptr, 0, 0, nullptr, nullptr, y + t * y_apart + o, y_apart, n);
-        });
-    }
-}
-
 // y (R, O) = a^T b of N rows, b packed
 template <class T>
 inline void multiply_turned(const T* a, long apart, long R, const Unit<T>* b, T* y, long y_apart, long O, long N, Unit<T>* some) {
@@ -102,9 +90,9 @@ void attention(const T* q, const T* k, const T* v, T* shares, T* o, char* scratc
             for (long first = 0; first < N; first += BLOCK) {
                 const long count = std::min(BLOCK, N - first), from = to + first * apart;
                 T* own = shares ? shares + (head * N + first) * N : some;
-                multiply(q + from, apart, E, by_keys, own, N, N, 0, count);
+                rows_times(q + from, apart, E, by_keys, own, N, N, 0, count);
                 for (long t = 0; t < count; t++) softmax(own + t * N, N, scale, powers);
-                multiply(own, N, N, by_values, o + from, apart, E, 0, count);
+                rows_times(own, N, N, by_values, o + from, apart, E, 0, count);
             }
         }
     }
@@ -126,9 +114,9 @@ void attention_back(const T* q, const T* k, const T* v, const T* shares, const T
             pack_strips(k + to, apart, 1, N, E, by_token);
             for (long first = 0; first < N; first += BLOCK) {
                 const long end = std::min(N, first + BLOCK);
-                multiply(d + to, apart, E, by_values, ds, N, N, first, end);
+                rows_times(d + to, apart, E, by_values, ds, N, N, first, end);
                 for (long t = first; t < end; t++) softmax_back(ds + t * N, own + t * N, N, scale);
-                multiply(ds, N, N, by_token, dq + to, apart, E, first, end);
+                rows_times(ds, N, N, by_token, dq + to, apart, E, first, end);
             }
             pack_strips(q + to, apart, 1, N, E, by_token);
             multiply_turned(ds, N, N, by_token, dk + to, apart, E, N, some);

@@ -85,24 +85,11 @@ long forward(const T* x, Parameters p, char* scratch, T* const* y, T* active, T*
         for (long b = 0; b < p.B; b++)
             for (long first = 0; first < p.N; first += BLOCK) {
                 const long end = b * p.N + std::min(p.N, first + BLOCK), start = b * p.N + first;
-                for (long s = 0; s < v_strips; s++) {
-                    const long o = s * STRIP, n = std::min(STRIP, LR - o);
-                    by_tiles(start, end, n, [&](long t, auto high, auto width) {
-                        tile<T, decltype(high)::value, decltype(width)::value, T>(
-                            x + t * p.I, p.I, p.I, packed_v + s * v_size, nullptr, 0, 0, nullptr, nullptr, h + t * LR + o, LR, n);
-                    });
-                }
+                rows_times(x, p.I, p.I, packed_v, h, LR, LR, start, end);
                 dots_of_block(x, p.I, own_v + b * LM * p.I, LM, h_own, LM, start, end);
                 for (long l = 0; l < p.L; l++)
-                    for (long s = 0; s < strips; s++) {
-                        const long o = s * STRIP, n = std::min(STRIP, p.O - o);
-                        by_tiles(start, end, n, [&](long t, auto high, auto width) {
-                            tile<T, decltype(high)::value, decltype(width)::value>(
-                                h + t * LR + l * p.R, LR, p.R, packed_u + (l * strips + s) * size,
-                                h_own + t * LM + l * p.M, LM, p.M, packed_own + ((b * p.L + l) * strips + s) * own_size,
-                                p.bias(l) + o, y[l] + t * p.O + o, p.O, n);
-                        });
-                    }
+                    rows_times(h + l * p.R, LR, p.R, packed_u + l * strips * size, y[l], p.O, p.O, start, end, h_own + l * p.M,
+                               LM, p.M, packed_own + (b * p.L + l) * strips * own_size, p.bias(l));
                 if (active)
                     by_vectors(start * p.O, end * p.O, [&](long i, long n) { store(active + i, gelu<T>(load(y[0] + i, n)), n); });
             }
@@ -165,14 +152,8 @@ long backward(const T* const* dys, const T* before, const T* x, const T* h, cons
                         });
                         dy = inside;
                     }
-                    for (long s = 0; s < (inner ? u_strips : 0); s++) {
-                        const long o = s * STRIP, n = std::min(STRIP, p.R - o);
-                        by_tiles(start, end, n, [&](long t, auto high, auto width) {
-                            tile<T, decltype(high)::value, decltype(width)::value, T>(
-                                dy + t * p.O, p.O, p.O, packed_u + (l * u_strips + s) * u_size, nullptr, 0, 0, nullptr, nullptr,
-                                dh + t * LR + l * p.R + o, LR, n);
-                        });
-                    }
+                    if (inner)
+                        rows_times(dy, p.O, p.O, packed_u + l * u_strips * u_size, dh + l * p.R, LR, p.R, start, end);
                     dots_of_block(dy, p.O, own_u + (b * LM + l * p.M) * p.O, p.M, dh_own + l * p.M, LM, start, end);
                     if (own || biases)
                         by_rows(start, end, [&](long t, auto count) {
@@ -181,14 +162,9 @@ long backward(const T* const* dys, const T* before, const T* x, const T* h, cons
                                 plain + l * p.O);
                         });
                 }
-                for (long s = 0; s < (dx ? strips : 0); s++) {
-                    const long o = s * STRIP, n = std::min(STRIP, p.I - o);
-                    by_tiles(start, end, n, [&](long t, auto high, auto width) {
-                        tile<T, decltype(high)::value, decltype(width)::value, T>(
-                            dh + t * LR, LR, LR, packed_v + s * size, dh_own + t * LM, LM, LM,
-                            packed_own + (b * strips + s) * own_size, nullptr, dx + t * p.I + o, p.I, n);
-                    });
-                }
+                if (dx)
+                    rows_times(dh, LR, LR, packed_v, dx, p.I, p.I, start, end, dh_own, LM, LM,
+                               packed_own + b * strips * own_size);
                 if (own)
                     by_rows(start, end, [&](long t, auto count) {
                         collect_of_rows<T, decltype(count)::value>(x + t * p.I, p.I, dh_own + t * LM, LM, LM, part_v, nullptr);

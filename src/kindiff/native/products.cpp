@@ -21,17 +21,8 @@ void multiply(const T* a, long apart, const T* b, long along, long across, Unit<
 #pragma omp for collapse(2) schedule(static)
         for (long sample = 0; sample < B; sample++)
             for (long first = 0; first < N; first += BLOCK)
-                for (long s = 0; s < strips; s++) {
-                    const long o = s * STRIP, n = std::min(STRIP, O - o), end = std::min(N, first + BLOCK);
-                    const long own = sample < on ? M : 0;
-                    by_tiles(first, end, n, [&](long t, auto high, auto width) {
-                        const long row = sample * N + t;
-                        tile<T, decltype(high)::value, decltype(width)::value>(
-                            a + row * apart, apart, K, packed + s * size, h + row * stride, stride, own,
-                            packed_own + (sample * strips + s) * own_size, bias ? bias + o : bias,
-                            y + row * y_apart + o, y_apart, n);
-                    });
-                }
+                rows_times(a, apart, K, packed, y, y_apart, O, sample * N + first, sample * N + std::min(N, first + BLOCK), h,
+                           stride, sample < on ? M : 0, packed_own + sample * strips * own_size, bias);
     }
 }
 

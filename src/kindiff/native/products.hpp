@@ -192,6 +192,20 @@ inline void tile(const T* a, long apart, long K, const Unit<T>* b, const T* h, l
         for (long c = 0; c < C; c++) store(y + r * y_apart + c * W, sums[r][c], width(c));
 }
 
+// y (O) = a b + h u + bias of rows first.. to end - 1; b and u are packed, strip after strip
+template <class T, class S = T>
+inline void rows_times(const T* a, long apart, long K, const Unit<T>* b, T* y, long y_apart, long O, long first, long end,
+                       const T* h = nullptr, long stride = 0, long M = 0, const Unit<T>* u = nullptr, const S* bias = nullptr) {
+    for (long o = 0; o < O; o += STRIP) {
+        const long n = std::min(STRIP, O - o);
+        by_tiles(first, end, n, [&](long t, auto high, auto width) {
+            tile<T, decltype(high)::value, decltype(width)::value>(
+                a + t * apart, apart, K, b + o * up(K, PAIR<T>), h + t * stride, stride, M, u + o * up(M, PAIR<T>),
+                bias ? bias + o : bias, y + t * y_apart + o, y_apart, n);
+        });
+    }
+}
+
 // g (R, O) = a^T b, of `rows` rows a (R) and b (O); by all threads of a team, each with a part of packed_b
 template <class T>
 void over_rows(const T* a, long a_apart, const T* b, long b_apart, Unit<T>* packed_a, Unit<T>* packed_b, float* g, long rows,
