@@ -20,16 +20,8 @@ NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 DTYPES = tuple(NAMES)
 MATRIX_UNITS = cpu_has("amx_bf16")
 """Whether this CPU multiplies bf16 matrices in hardware (AMX)."""
-PRODUCTS = tuple(
-    dtype
-    for dtype, ours in {
-        torch.float32: cpu_has("avx512_f"),
-        torch.bfloat16: cpu_has("avx2") and not MATRIX_UNITS,
-    }.items()
-    if ours
-)
-"""In which large products by the kernels are at least level with the library's on this CPU: with AVX2 alone the
-library's are faster in fp32, and matrix units are its alone."""
+PRODUCTS = (torch.float32, *(() if MATRIX_UNITS else (torch.bfloat16,))) if cpu_has("avx2") else ()
+"""In which large products by the kernels are at least level with the library's on this CPU: matrix units are its alone."""
 WIDEST, AT_ONCE = 48, 512 * 48
 """Of products.hpp: columns of a strip at most, and numbers that are packed at once."""
 

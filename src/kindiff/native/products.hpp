@@ -64,7 +64,14 @@ template <class T, long R, long C, class A>
 inline __attribute__((always_inline)) void sum(Vec (&sums)[R][C], long steps, A&& a, const Unit<T>* b) {
     for (long s = 0; s < steps; s++) {
         Vec columns[C];
-        for (long c = 0; c < C; c++) columns[c] = *reinterpret_cast<const Vec*>(b + (s * C + c) * W);
+#pragma GCC unroll 3
+        for (long c = 0; c < C; c++) {
+            Vec column = *reinterpret_cast<const Vec*>(b + (s * C + c) * W);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+            asm("" : "+x"(column));  // in a register: where there are 16, GCC would read it again for each row
+#endif
+            columns[c] = column;
+        }
 #pragma GCC unroll 8
         for (long r = 0; r < R; r++) {
             Unit<T> x = a(r, s);
