@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kindiff.components import ComponentLinear
+from kindiff.models import DiT
 from kindiff.models.layers import attend
 
 
@@ -36,3 +38,17 @@ def test_attention_of_parts_that_do_not_fit_is_refused() -> None:
 def test_attention_without_autocast_stays_in_fp32() -> None:
     parts = [torch.randn(2, 8, 12) for _ in range(3)]
     assert attend(*parts, 3).dtype == torch.float32
+
+
+def test_hooks_see_every_matrix_of_components(kind_model: DiT, inputs, kernels) -> None:
+    usual = kind_model(*inputs)
+    matrices = [name for name, module in kind_model.named_modules() if isinstance(module, ComponentLinear)]
+    seen = []
+    for name in matrices:
+        kind_model.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.append(name))
+    torch.testing.assert_close(kind_model(*inputs), usual, rtol=1e-4, atol=1e-4)
+    assert sorted(seen) == sorted(matrices)
+    kind_model.get_submodule(matrices[0]).register_forward_pre_hook(
+        lambda _, found: (found[0] * 2, *found[1:])
+    )
+    assert not kind_model(*inputs).equal(usual)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kindiff import native
 from kindiff.native import compiled
+from kindiff.runtime import cpu_has
 from toys import one_thread
 
 needs_kernels = pytest.mark.skipif(not native.usable(), reason="no kernels: " + compiled.found()[1])
@@ -313,6 +314,25 @@ def test_odd_shapes_and_defaults() -> None:
     finally:
         torch.set_default_dtype(before)
     close(found, torch.full((1, 2, 8), 3.0).double(), torch.float32)
+
+
+@needs_kernels
+@pytest.mark.slow
+@pytest.mark.skipif(not cpu_has("avx512_f"), reason="a processor that has no more than others")
+@pytest.mark.parametrize("without", ["-mno-avx512f", "-mno-avx512bf16"])
+def test_as_a_processor_that_has_less_makes_them(without: str) -> None:
+    told = one_thread() | {"KINDIFF_NATIVE": without}
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", __file__]
+    done = subprocess.run(command, env=told, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "skipped" not in done.stdout
+
+
+@needs_kernels
+def test_flags_of_the_compiler_make_others() -> None:
+    ask = "from kindiff.native import compiled; print(compiled.found()[1])"
+    assert "does not make them" in run(ask, KINDIFF_NATIVE="-O1 -no-such-flag")
+    assert run(ask, KINDIFF_NATIVE="-O1") != run(ask) == run(ask, KINDIFF_NATIVE="1")
 
 
 @needs_kernels

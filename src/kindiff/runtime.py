@@ -103,7 +103,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores, memory and GPU, as a result records them."""
+    """Processor, cores, memory and GPU, as a result records them; `vectors`: the instructions that torch uses there."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -112,6 +112,7 @@ def hardware() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
         "gpu": gpu,
         "system": f"{platform.system()} {platform.machine()}",
     }

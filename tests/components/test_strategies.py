@@ -142,12 +142,14 @@ def test_the_rule() -> None:
         "training": True,
         "kernels": True,
     }
-    assert choose("auto", slots=1, **by_kernels).name == "joined"
-    assert choose("auto", slots=2, **by_kernels).name == "gathered"
+    assert choose("auto", slots=1, **by_kernels).name == "gathered"
+    assert choose("auto", slots=1, **by_kernels | {"components": 13}).name == "joined"
+    assert choose("auto", slots=2, **by_kernels | {"components": 32}).name == "gathered"
     assert choose("auto", slots=2, **by_kernels | {"components": 33}).name == "gathered"
     assert choose("auto", slots=2, **by_kernels | {"on": 3, "components": 11}).name == "joined"
     assert choose("auto", slots=2, **by_kernels | {"device": "cuda"}).name == "joined"
     few = by_kernels | {"kernels": False}
+    assert choose("auto", slots=1, **few).name == "joined"
     assert choose("auto", slots=6, **few).name == "joined"
     assert choose("auto", slots=7, **few).name == "gathered"
     half = few | {"dtype": torch.bfloat16}

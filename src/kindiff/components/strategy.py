@@ -35,7 +35,10 @@ Choice = Literal["auto", "gathered", "fused", "joined"]
 JOINED_COLUMNS = {("cpu", torch.float32): 24, ("cpu", torch.bfloat16): 112 if MATRIX_UNITS else 24}
 """Components of a bank (S N, for each slot that a sample has) up to which `joined` is faster than `gathered` by the
 library's products, of which a narrow one costs as much whatever its few columns are. Measured: `python
-benchmarks/strategies.py`, with matrix units and without. Beside kernels of our own it is for what all samples share."""
+benchmarks/strategies.py`, with matrix units and without."""
+FEW_SHARED = 12
+"""Components that all samples share up to which kernels of our own are faster with a sample's own in their pass than
+`joined`; level at 16. By the same command."""
 UNMEASURED_COLUMNS = 16
 """The same for other devices, until it is measured there."""
 MIXED_SLOTS = {
@@ -111,12 +114,13 @@ def choose(
     kernels = dtype in native.PRODUCTS and native.usable() if kernels is None else kernels
     limit = JOINED_COLUMNS.get((device, dtype), UNMEASURED_COLUMNS) * on
     size = f"{slots} slots x {components} components in a step's bank"
-    if slots <= on:
+    shared, few = slots <= on, narrow.MANY // 3  # q, k and v are together
+    if kernels and device == "cpu" and components * on <= (FEW_SHARED if shared else few):
+        return Strategy(own, "kernels of our own on a CPU: tailors and learngenes in one pass")
+    if shared:
         return Strategy("joined", f"{size}, all on for every sample: no copies for each")
     if own == "fused":
         return Strategy(own, "half precision on a GPU: the tailors ride in the learngenes' products")
-    if kernels and device == "cpu" and 3 * components * on <= narrow.MANY:  # q, k and v are together
-        return Strategy(own, "kernels of our own on a CPU: tailors and learngenes in one pass")
     if slots * components <= limit:
         return Strategy("joined", f"{size}, at most {limit}")
     return Strategy("gathered", f"{size}, more than {limit}")

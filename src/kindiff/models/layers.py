@@ -65,18 +65,26 @@ def products_dtype(x: Tensor) -> torch.dtype:
 def project(layers: Sequence[nn.Module], x: Tensor, gating: Gating | None) -> list[Tensor]:
     """Apply layers that share their input (q, k, v); layers of one type that has `together` may share work.
 
-    Others (a tuner wrapped around some of them) are called one by one.
+    Others (a tuner wrapped around some of them, hooks) are called one by one.
     """
     together = getattr(type(layers[0]), "together", None)
-    if together is not None and len({type(layer) for layer in layers}) == 1:
-        return together(layers, x, gating)
-    return [layer(x, gating) for layer in layers]
+    alike = len({type(layer) for layer in layers}) == 1
+    if together is None or not alike or any(_hooked(layer) for layer in layers):
+        return [layer(x, gating) for layer in layers]
+    return together(layers, x, gating)
 
 
 def activate(layer: nn.Module, x: Tensor, gating: Gating | None) -> Tensor:
     """GELU of a layer's output; a layer that has `activated` may compute both at once."""
     together = getattr(type(layer), "activated", None)
-    return gelu(layer(x, gating)) if together is None else together(layer, x, gating)
+    return gelu(layer(x, gating)) if together is None or _hooked(layer) else together(layer, x, gating)
+
+
+def _hooked(layer: nn.Module) -> bool:
+    """Whether something wants to see the layer's calls."""
+    return bool(
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    )
 
 
 def attend(q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, heads: int) -> Tensor:

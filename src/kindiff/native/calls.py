@@ -20,8 +20,9 @@ NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 DTYPES = tuple(NAMES)
 MATRIX_UNITS = cpu_has("amx_bf16")
 """Whether this CPU multiplies bf16 matrices in hardware (AMX)."""
-PRODUCTS = (torch.float32, *(() if MATRIX_UNITS else (torch.bfloat16,))) if cpu_has("avx2") else ()
-"""In which large products by the kernels are at least level with the library's on this CPU: matrix units are its alone."""
+PRODUCTS = (DTYPES[:1] if MATRIX_UNITS else DTYPES) if cpu_has("avx2") else ()
+"""In which large products by the kernels are at least level with the library's on this CPU; matrix units (bf16) are its
+alone."""
 WIDEST, AT_ONCE = 48, 512 * 48
 """Of products.hpp: columns of a strip at most, and numbers that are packed at once."""
 

@@ -51,8 +51,8 @@ ARGUMENTS = {
 OTHERS = {"adam_rows": "ppppppppiiffff"}
 """Those that there are in fp32 alone."""
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_long, "f": ctypes.c_float}
-OFF = "KINDIFF_NATIVE"
-"""Set to 0, this variable of the environment does without the kernels."""
+SWITCH = "KINDIFF_NATIVE"
+"""Set to 0, this variable of the environment does without the kernels; flags in it are the compiler's too."""
 
 
 def kernels() -> ctypes.CDLL | None:
@@ -63,8 +63,8 @@ def kernels() -> ctypes.CDLL | None:
 @functools.cache
 def found() -> tuple[ctypes.CDLL | None, str]:
     """The loaded kernels, or None; and where they are, or why there are none."""
-    if os.environ.get(OFF) == "0":
-        return None, f"{OFF}=0"
+    if os.environ.get(SWITCH) == "0":
+        return None, f"{SWITCH}=0"
     compilers = filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++")))
     why = "no C++ compiler"
     for compiler in {os.path.realpath(path): str(Path(path).absolute()) for path in compilers}.values():
@@ -80,6 +80,10 @@ def found() -> tuple[ctypes.CDLL | None, str]:
             if isinstance(error, subprocess.TimeoutExpired):
                 break
     return None, why
+
+
+def _flags() -> list[str]:
+    return [*FLAGS, *(flag for flag in os.environ.get(SWITCH, "").split() if flag.startswith("-"))]
 
 
 def _loaded(path: Path) -> ctypes.CDLL:
@@ -99,7 +103,7 @@ def _made_of(compiler: str) -> str:
     parts = [
         *(file.read_bytes() for file in (*HEADERS, *SOURCES)),
         version,
-        " ".join(FLAGS).encode(),
+        " ".join(_flags()).encode(),
         platform.machine().encode(),
     ]
     parts += [runtime.cpu_info(field).encode() for field in ("model name", "flags", "Features")]
@@ -113,7 +117,7 @@ def _compile(compiler: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         objects = [f"{source.stem}.o" for source in SOURCES]
         for command in (
-            [compiler, *FLAGS, "-c", *map(str, SOURCES)],
+            [compiler, *_flags(), "-c", *map(str, SOURCES)],
             [compiler, "-shared", *objects, "-o", path.name],
         ):
             _said(command, timeout=120, cwd=folder)
