@@ -3,8 +3,9 @@
     python benchmarks/strategies.py      -> benchmarks/results/strategies.json
 
 Forward and backward of the q, k, v and MLP matrices of a DiT-B, N_G = 192, N_T = 4, every variant in turn, medians of
-ratios within a round. `joined` against `gathered` by the number of slots in the batch's bank, and for mixtures of 8
-tailors (N_T = 13, weights train) by the number of tailors that are known; `sorted` (one product for
+ratios within a round. `joined` against `gathered` by the number of slots in the batch's bank; of one slot that all
+samples share, by its components; and for mixtures of 8 tailors (N_T = 13, weights train) by the number of tailors that
+are known; `sorted` (one product for
 each class's samples, as grouped products would do it) against both by the classes in a batch; `merged` (one dense
 weight for the class that fills a batch) against components by the learngene rank, in sampling.
 """
@@ -29,6 +30,7 @@ from kindiff.models import Gating
 
 WIDTH, HIDDEN, RANK, TAILOR = 768, 3072, 192, 4
 SLOTS = (1, 2, 4, 6, 8, 12, 16, 24, 32)
+SHARED = (4, 8, 12, 16, 32)
 CLASSES = (1, 2, 4, 8)
 RANKS = (128, 192, 256, 320, 384, 512)
 MIXED, MIXED_TAILOR = 8, 13
@@ -52,10 +54,10 @@ class Args:
 
 
 def matrices(
-    rank: int, slots: int, device: torch.device, mixing_classes: int = 0
+    rank: int, slots: int, device: torch.device, mixing_classes: int = 0, components: int = TAILOR
 ) -> list[list[ComponentLinear]]:
     """q, k and v together, the MLP's two. mixing_classes: their weights train, and nothing else."""
-    size = {"rank": rank, "slots": slots, "tailor_rank": MIXED_TAILOR if mixing_classes else TAILOR}
+    size = {"rank": rank, "slots": slots, "tailor_rank": MIXED_TAILOR if mixing_classes else components}
     mix = (mixing_classes, MIXED) if mixing_classes else None
     shapes = [[(WIDTH, WIDTH)] * 3, [(WIDTH, HIDDEN)], [(HIDDEN, WIDTH)]]
     groups = [[ComponentLinear(i, o, **size, mix=mix) for i, o in group] for group in shapes]
@@ -103,8 +105,9 @@ def training(
     classes: int,
     *,
     mixes: bool = False,
+    components: int = TAILOR,
 ) -> Callable[[], None]:
-    groups = matrices(RANK, slots, device, classes if mixes else 0)
+    groups = matrices(RANK, slots, device, classes if mixes else 0, components)
     inputs = [
         torch.randn(args.images, args.tokens, g[0].v.shape[1], device=device, requires_grad=True)
         for g in groups
@@ -171,6 +174,14 @@ def main(args: Args) -> None:
         row["joined is faster up to"] = max(
             (s for s in SLOTS if row["gathered / joined, by slots"][f"joined, {s}"] > 1), default=0
         )
+        row["gathered / joined, one slot for all, by components"] = {}
+        for count in SHARED:
+            variants = {
+                how: training(args, dtype, device, 1, how, 1, components=count)
+                for how in ("joined", "gathered")
+            }
+            found = ratios(alternate(variants, args.rounds, device), "gathered")["joined"]
+            row["gathered / joined, one slot for all, by components"][count] = found
         variants = {f"joined, {s}": training(args, dtype, device, s, "joined", 10, mixes=True) for s in KNOWN}
         variants["gathered"] = training(args, dtype, device, KNOWN[-1], "gathered", 10, mixes=True)
         row[f"gathered / joined, mixtures of {MIXED}, by known tailors"] = ratios(

@@ -53,6 +53,15 @@ class DiTPipeline:
                 (folder / "autoencoder").mkdir()
                 self.autoencoder.write_files(folder / "autoencoder")
 
+    def check_draws_pictures(self) -> None:
+        """UsageError for a latent model without its autoencoder, as one from a released file is: it draws latents."""
+        if self.autoencoder is None and (channels := self.model.config.channels) != 3:
+            raise UsageError(
+                f"the model works on latents of {channels} channels and has no autoencoder, so it draws no pictures; "
+                "`kindiff convert --to pipeline --vae ...` gives it one in diffusers, `kindiff pretrain --init` on "
+                "encoded images here."
+            )
+
     @torch.inference_mode()
     def sample(
         self,
@@ -64,7 +73,7 @@ class DiTPipeline:
         advance: Callable[[int], None] = lambda count: None,
         ranks: Ranks = ALONE,
     ) -> np.ndarray:
-        """Draw one image for each class id (the null id for none): uint8 (B, H, W, 3).
+        """Draw one image for each class id (the null id for none): uint8 (B, H, W, C), of pixels C = 3.
 
         Image i is a function of (config.seed, first_index + i), its class and the model alone. Classes may be
         mixed freely. tailors=False switches every tailor off and keeps the class embeddings: the learngenes

@@ -43,8 +43,14 @@ def device_of(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"device {name!r} is unknown; use auto, cpu or cuda.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r} is not one that kindiff runs on; use auto, cpu or cuda.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device {name!r} is asked for but this torch sees no GPU; use cpu or auto.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device {name!r} is asked for but this torch sees {torch.cuda.device_count()}; use cuda or auto."
+        )
     return device
 
 

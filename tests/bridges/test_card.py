@@ -116,6 +116,20 @@ def test_pushing_uploads_the_model_with_its_card(run: Path, monkeypatch, capsys)
     assert capsys.readouterr().out.strip() == "https://huggingface.co/me/avatars"
 
 
+def test_a_hub_that_does_not_take_it(run: Path, monkeypatch, capsys) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    assert main(["push", str(run / "model"), "not/a/name"]) == 2
+    assert "'not/a/name' is no name of a repository" in capsys.readouterr().err
+
+    class Refusing(Hub):
+        def create_repo(self, *_: object, **__: object) -> None:
+            raise RuntimeError("no way there")
+
+    monkeypatch.setattr(hub, "HfApi", Refusing)
+    assert main(["push", str(run / "model"), "me/avatars"]) == 1
+    assert "the hub did not take" in capsys.readouterr().err
+
+
 def test_a_missing_hub_library_is_named(run: Path, monkeypatch) -> None:
     write_card(run / "model")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from kindiff.classes import ClassSet
 from kindiff.cli.main import main
+from kindiff.config import DiTConfig
+from kindiff.models import DiT
 from toys import (
     NEW_SHAPES,
     SIZE,
@@ -97,7 +100,7 @@ def test_a_class_asked_twice(place: Path, capfd) -> None:
 
 def test_a_tailor_rank_larger_than_the_matrixs(place: Path, capfd) -> None:
     sentence = refuse(capfd, place, USAGE, *transfer(place, "--rank", 33))
-    assert sentence == "tailor rank 33 is not possible; the matrices allow 1 to 32."
+    assert sentence == "tailor rank 33 is larger than the full rank 32 of matrix 'q'; use 1 to 32."
     arguments = [*toy_arguments(place / "shapes"), "--kind.tailor-rank", 33]
     sentence = refuse(capfd, place, USAGE, "pretrain", place / "x", *arguments)
     assert "tailor rank 33 is larger than the full rank 32 of matrix 'q'" in sentence
@@ -204,6 +207,37 @@ def test_several_classes_cannot_be_merged(place: Path, capfd) -> None:
 def test_a_device_that_is_not_there(place: Path, capfd) -> None:
     arguments = ["sample", place / "run" / "model", place / "x.png", "--device", "quantum"]
     assert "device 'quantum' is unknown" in refuse(capfd, place, USAGE, *arguments)
+    assert "not one that kindiff runs on" in refuse(capfd, place, USAGE, *arguments[:-1], "meta")
+
+
+def test_a_latent_model_without_its_autoencoder_draws_no_pictures(place: Path, capfd) -> None:
+    config = DiTConfig(input_size=8, channels=4, num_classes=1, width=32, depth=1, heads=2, patch=4)
+    DiT(config, classes=ClassSet(("a",))).save_pretrained(place / "latent")
+    capfd.readouterr()
+    for command in (["sample", place / "latent", place / "x.png"], ["evaluate", place / "latent"]):
+        assert "latents of 4 channels" in refuse(capfd, place, USAGE, *command)
+
+
+def test_names_that_are_no_text(place: Path, capfd) -> None:
+    (place / "names.txt").write_bytes(b"\xff\xfe")
+    (place / "dit.pt").write_bytes(b"")
+    options = ["--from", "released", "--to", "kindiff", "--names", place / "names.txt"]
+    sentence = refuse(capfd, place, FAILURE, "convert", place / "dit.pt", place / "x", *options)
+    assert sentence == f"names {place / 'names.txt'} is not text in UTF-8."
+
+
+def test_a_transfer_that_cannot_start_is_refused_by_its_plan_too(place: Path, capfd) -> None:
+    recipe = place / "kind.toml"
+    recipe.write_text(
+        '[data]\nsource = "gone"\nclasses = ["a", "b"]\n[kind]\nlearngene_rank = 8\ntailor_rank = 2\n'
+    )
+    for options, words in (
+        (["--rank", 0], "rank is 0"),
+        (["--share", "task", "--init", "nearest"], "a tailor for each class"),
+        (["--trains", "mixture", "--init", "nearest", "--mixes", 3], "the parts hold 2"),
+    ):
+        command = ["transfer", recipe, place / "x", "--data.source", "gone", *options, "--dry-run"]
+        assert words in refuse(capfd, place, USAGE, *command)
 
 
 def test_an_output_that_holds_other_things(place: Path, capfd) -> None:

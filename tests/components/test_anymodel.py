@@ -197,6 +197,15 @@ def test_requests_that_cannot_be_met(tower: Tower) -> None:
             call()
 
 
+def test_a_layer_that_is_used_by_its_weight_is_named() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, batch_first=True)
+    kind = KindConfig(learngene_rank=8, tailor_rank=1)
+    model = factorize_modules(layer, targets=["linear1"], kind=kind, classes=2).eval()
+    assert not hasattr(model.inner.linear1, "weight")
+    with pytest.raises(AttributeError, match="linear1 is made of components and has no weight"):
+        model(torch.tensor([0, 1]), torch.ones(2, 3, 16))
+
+
 @pytest.mark.parametrize(
     ("condition", "sentence"),
     [

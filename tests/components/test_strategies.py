@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from conftest import randomised
+from kindiff import native
 from kindiff.components import ComponentLinear, decompose, factorize, fused, narrow, product, set_strategy_
-from kindiff.components.strategy import choose, explain
+from kindiff.components.strategy import choose, explain, strategy_of
 from kindiff.config import KindConfig
 from kindiff.errors import UsageError
 from kindiff.models import DiT, Gating
@@ -162,6 +163,18 @@ def test_the_rule() -> None:
     assert choose("joined", slots=900, **few | {"training": False}).name == "joined"
     assert choose("auto", slots=5, **few | {"device": "cuda"}).name == "gathered"
     assert "24" in choose("auto", slots=7, **few).why
+
+
+def test_the_kernels_are_not_counted_on_where_they_take_no_layer() -> None:
+    made, one = layers(8, 3), gatings()["one class"]
+    one = one._replace(slots_BK=one.slots_BK - 2)
+    for layer in made:
+        for name in ("tailor_u", "tailor_sigma", "tailor_v"):
+            setattr(layer, name, nn.Parameter(getattr(layer, name)[:1]))
+    usual = strategy_of(made, one, torch.float32)
+    assert usual.name == ("gathered" if native.usable() and torch.float32 in native.PRODUCTS else "joined")
+    made[1].bias = None
+    assert strategy_of(made, one, torch.float32).name == "joined"
 
 
 def test_a_soft_gate_is_explained_as_its_layers_see_it(dense: DiT, monkeypatch) -> None:

@@ -76,7 +76,7 @@ def test_the_plan_counts_the_model_that_trains(shapes: Path, method: str) -> Non
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("kind", [None, (16, 2), (90, 20)])
+@pytest.mark.parametrize("kind", [None, (16, 2), (90, 20), (60, 0)])
 @pytest.mark.parametrize(("width", "side"), [(128, 8), (192, 16)])
 def test_activations_are_what_autograd_keeps(precision, kind, width, side, kernels) -> None:
     """The formula against the tensors that a real backward pass holds on to."""

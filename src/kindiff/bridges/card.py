@@ -38,7 +38,7 @@ def push_to_hub(model: str | Path, repository: str, *, private: bool = False) ->
     """Upload a model directory (or an exported pipeline) with its card; returns its address.
 
     The account is the one that `hf auth login` stored or HF_TOKEN names. ModuleNotFoundError names the extra;
-    UsageError when there is no card yet.
+    UsageError when there is no card yet, or for a name that the hub does not allow; OSError when it cannot be reached.
     """
     folder = Path(model)
     if not (folder / CARD).is_file():
@@ -47,13 +47,21 @@ def push_to_hub(model: str | Path, repository: str, *, private: bool = False) ->
         )
     try:
         from huggingface_hub import HfApi
+        from huggingface_hub.errors import HFValidationError
     except ImportError:
         raise ModuleNotFoundError(
             "pushing needs the package huggingface_hub; install it with: pip install 'kindiff[hf]'"
         ) from None
     hub = HfApi()
-    hub.create_repo(repository, private=private, exist_ok=True)
-    hub.upload_folder(repo_id=repository, folder_path=str(folder), commit_message=f"Upload {folder.name}")
+    try:
+        hub.create_repo(repository, private=private, exist_ok=True)
+        hub.upload_folder(repo_id=repository, folder_path=str(folder), commit_message=f"Upload {folder.name}")
+    except HFValidationError as error:
+        raise UsageError(f"{repository!r} is no name of a repository: {str(error).splitlines()[0]}") from None
+    except OSError:
+        raise
+    except Exception as error:  # its client's own, of several libraries
+        raise OSError(f"the hub did not take {folder}: {type(error).__name__}: {error}") from error
     return f"https://huggingface.co/{repository}"
 
 

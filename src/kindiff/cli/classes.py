@@ -107,7 +107,9 @@ def _hierarchy(source: str) -> Hierarchy:
 
         return hierarchy_of(SUPERCLASSES, root="avatar")
     if source.endswith(".json"):
-        raise UsageError(f"{source} holds groups, not a hierarchy; leave out --tree, or give the hierarchy.")
+        raise UsageError(
+            f"{source} holds groups, not a hierarchy; leave out --tree and --groups, or give the hierarchy."
+        )
     return read_hierarchy(source)
 
 

@@ -45,6 +45,7 @@ def run(args: Args) -> None:
     if not as_grid:
         check_replaceable(args.out, PICTURES)
     pipeline = DiTPipeline.from_pretrained(args.model)
+    pipeline.check_draws_pictures()
     names = args.classes or pipeline.model.classes.names
     ids = [i for i in pipeline.model.classes.ids(names) for _ in range(args.per_class)]
     with joined() as ranks:

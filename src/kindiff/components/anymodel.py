@@ -44,6 +44,14 @@ class GatedLinear(nn.Module):
         self.inner = inner
         self.in_features, self.out_features = features_in, features_out
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                f"{self.name} is made of components and has no weight, which the model uses directly; leave this layer "
+                "out of the targets."
+            )
+        return super().__getattr__(name)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (B, ..., I), the samples first -> (B, ..., O)."""
         gating = self.cell.gating

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kindiff.components.operators import FEW, ROWS, TRITON, inward, outward, through, weights
 
@@ -60,6 +61,7 @@ class FusedProducts(torch.autograd.Function):
         return y_LBTO.unbind()
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *dys_BTO: Tensor) -> tuple[Tensor | None, ...]:
         x_BTI, h, v, v_own, u, u_own = ctx.saved_tensors
         layers: int = ctx.layers

@@ -46,6 +46,7 @@ class Products(torch.autograd.Function):
         return tuple(ys)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *dys_BTO: Tensor) -> tuple[Tensor | None, ...]:
         x_BTI, h, h_own, v, v_own, mask_B1J, *factors = ctx.saved_tensors
         us, own = factors[: ctx.count], factors[ctx.count :]

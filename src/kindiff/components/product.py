@@ -108,7 +108,7 @@ def _common(
         return us, stack([layer.v for layer in layers]).to(dtype), _biases(layers, dtype)
 
     rounded = dtype != layers[0].u.dtype  # else little is saved, for as much memory as the model's
-    return _once(gating, (layers[0], "learngenes"), make, keep=rounded)
+    return _once(gating, (*layers, "learngenes"), make, keep=rounded)
 
 
 def _own(
@@ -122,7 +122,7 @@ def _own(
 
     numbers = layers[0].tailor_u[0].numel() + layers[0].tailor_v[0].numel()
     few = gating.slots_BK.numel() * numbers <= KEPT
-    return _once(gating, (layers[0], "tailors"), make, keep=few)
+    return _once(gating, (*layers, "tailors"), make, keep=few)
 
 
 def _joined(layers: Sequence[ComponentLinear], gating: Gating, dtype: torch.dtype) -> list[Tensor | None]:

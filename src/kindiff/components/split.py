@@ -23,9 +23,13 @@ def decompose(model: DiT) -> Components:
     sigma scaled by the gate's weight.
     """
     if model.structure is None or model.structure["rank"] is None:
+        way = (
+            "pre-train with method kind, or factorize it"
+            if model.structure is None
+            else "recombine its parts with factored layers"
+        )
         raise UsageError(
-            "the model has dense matrices; only a model made of factored components can be decomposed "
-            "(pre-train with method kind, or factorize it)."
+            f"the model has dense matrices; only a model made of factored components can be decomposed ({way})."
         )
     assert model.gate is not None
     rows = model.class_embed.weight

@@ -74,9 +74,14 @@ def strategy_of(layers: Sequence[ComponentLinear], gating: Gating, dtype: torch.
         training=torch.is_grad_enabled() and layer.tailor_u.requires_grad,
         weights_train=gating.weights_BK.requires_grad,
         mixed=torch.is_grad_enabled() and layer.tailor_mix is not None,
+        kernels=None if all(_for_kernels(each) for each in layers) else False,
         fits=len({(each.rank, each.tailor_u.shape[2], each.bias is None) for each in layers}) == 1
         and fused.fits(layer.rank, on * components, dtype),
     )
+
+
+def _for_kernels(layer: ComponentLinear) -> bool:
+    return layer.bias is not None and layer.tailor_sigma.dtype == torch.float32
 
 
 def choose(
@@ -94,7 +99,7 @@ def choose(
     kernels: bool | None = None,
 ) -> Strategy:
     """The rule itself. slots: S of the bank; components: N of a slot; on: K; fits: `fused.fits`; kernels: whether those
-    of `kindiff.native` compute products in this dtype, by default what this CPU has."""
+    of `kindiff.native` compute the layers' passes in this dtype, by default what this CPU has."""
     own: Literal["gathered", "fused"] = "fused" if fits and device == "cuda" else "gathered"
     if wanted == "fused" and not fits:
         raise UsageError(

@@ -289,10 +289,12 @@ class TransferConfig:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=500, lr=4e-3, save_every=250))
 
     def __post_init__(self) -> None:
-        if self.trains == "mixture" and (
-            self.init != "nearest" or self.share != "class" or min(self.mixes, self.rank) < 1
-        ):
+        if self.rank < 1:
+            raise UsageError(f"rank is {self.rank}; it must be at least 1.")
+        if self.trains == "mixture" and ((self.init, self.share) != ("nearest", "class") or self.mixes < 1):
+            asked = f"{self.init}, {self.share} and {self.mixes}"
             raise UsageError(
-                "trains mixture weighs the tailors nearest to each class; set init nearest, share class, mixes and "
-                f"rank 1 or more, not {self.init}, {self.share}, {self.mixes} and {self.rank}."
+                f"trains mixture needs init nearest, share class and mixes of 1 or more, not {asked}."
             )
+        if self.init == "nearest" and self.share == "task":
+            raise UsageError("init nearest copies a tailor for each class; set share class, or init fresh.")

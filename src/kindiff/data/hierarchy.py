@@ -159,7 +159,8 @@ def read_names(source: str) -> ClassSet:
         raise FileNotFoundError(
             f"names {path} do not exist; give a text file, one class a line, or imagenet."
         )
-    return ClassSet(tuple(line.strip() for line in path.read_text().splitlines() if line.strip()))
+    lines = _lines(path.read_bytes(), f"names {path}")
+    return ClassSet(tuple(line.strip() for line in lines if line.strip()))
 
 
 def hierarchy_of(groups: Mapping[str, tuple[str, ...]], *, root: str) -> Hierarchy:
@@ -172,11 +173,15 @@ def hierarchy_of(groups: Mapping[str, tuple[str, ...]], *, root: str) -> Hierarc
     return Hierarchy(nodes)
 
 
-def _parse(content: bytes, where: str) -> Hierarchy:
+def _lines(content: bytes, where: str) -> list[str]:
     try:
-        lines = content.decode().splitlines()
+        return content.decode().splitlines()
     except UnicodeDecodeError:
-        raise BadFileError(f"{where} is not text in UTF-8; it is no hierarchy file.") from None
+        raise BadFileError(f"{where} is not text in UTF-8.") from None
+
+
+def _parse(content: bytes, where: str) -> Hierarchy:
+    lines = _lines(content, where)
     nodes: dict[str, Node] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -40,6 +40,7 @@ class GeneratedImages:
         per_class: int = 50,
     ) -> None:
         self.pipeline = DiTPipeline.from_pretrained(model)
+        self.pipeline.check_draws_pictures()
         known: ClassSet = self.pipeline.model.classes
         self.classes: ClassSet | None = ClassSet(classes) if classes else known
         self.name = str(model)

@@ -92,7 +92,7 @@ class DiT(nn.Module):
     ) -> Tensor:
         """Predict from noisy inputs: (B, out_channels, H, W), in the inputs' dtype.
 
-        t_B timesteps in [0, 1000); ids_B class ids, the null id for no class. The gate sees gate_ids_B where
+        t_B timesteps in [0, 1000]; ids_B class ids, the null id for no class. The gate sees gate_ids_B where
         given (gate dropout in training), else the same ids as the embedding. gating: what it says of them, where
         `gating` has asked it already.
         """

@@ -82,8 +82,13 @@ def activate(layer: nn.Module, x: Tensor, gating: Gating | None) -> Tensor:
 
 def _hooked(layer: nn.Module) -> bool:
     """Whether something wants to see the layer's calls."""
+    of_all = not torch.compiler.is_compiling() and nn.modules.module._has_any_global_hook()
     return bool(
-        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+        of_all
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
     )
 
 

@@ -37,6 +37,7 @@ def usable(*tensors: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not is_in_torch_dispatch_mode()
+        and not torch._C._are_functorch_transforms_active()
         and kernels() is not None
     )
 

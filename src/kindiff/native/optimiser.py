@@ -34,7 +34,7 @@ def adam_rows_(
     if len(rows_n) and not 0 <= int(rows_n.min()) <= int(rows_n.max()) < len(steps_S):
         raise IndexError(f"rows {int(rows_n.min())} to {int(rows_n.max())} of banks of {len(steps_S)}.")
     rows_n, from_n = (numbers.to(torch.int64).contiguous() for numbers in (rows_n, from_n))
-    offsets = torch.tensor([0, *(bank[0].numel() for bank in banks)]).cumsum(0)
+    offsets = torch.tensor([0, *(bank[0].numel() for bank in banks)], device="cpu").cumsum(0)
     given = [None if gradient is None else gradient.contiguous() for gradient in gradients]
     plain_call(
         "adam_rows", places(given), places(banks), offsets, rows_n, from_n, steps_S, mean_SP,

@@ -88,8 +88,8 @@ def activations(
             slots=slots, components=structure.tailor_rank, on=on, device=device.type,
             dtype=DTYPES[precision], training=rank > 0, weights_train=structure.gate == "soft",
             mixed=structure.gate == "mixture",
-            fits=fused.fits(structure.rank, on * structure.tailor_rank, DTYPES[precision]),
-        ).name  # fmt: skip
+            fits=fused.fits(structure.rank, on * structure.tailor_rank, DTYPES[precision]), kernels=multiplies,
+        ).name if structure.tailor_rank else "gathered"  # fmt: skip
         tailors = structure.tailor_rank * (slots if strategy == "joined" else on)
         columns = rank * len(MATRICES) + tailors * len(structure.targets)
         if strategy == "joined":
@@ -101,7 +101,7 @@ def activations(
             sides = sides if precision == "bf16" else sum(o for o, _ in shapes) + 3 * config.width
             copies = rank * sides if rank else copies
             gathered = PER_GATHERED[precision] * tailors * tailored
-            if multiplies and structure.gate == "table" and rank > 0 and 3 * tailors <= narrow.MANY:
+            if multiplies and structure.gate == "table" and rank > 0 and 0 < 3 * tailors <= narrow.MANY:
                 # A layer's pass is one kernel, which makes them again for the backward pass.
                 copies, gathered = copies * (len(MATRICES) - len(structure.targets)) // len(MATRICES), 0
     copies += 6 * config.width**2 if precision == "bf16" else 0  # the modulation

@@ -68,7 +68,7 @@ class RowAdam:
             t.is_contiguous() for t in held
         )
         if whole and native.usable(*tensors):
-            once = first == torch.arange(count)
+            once = first == torch.arange(count, device=rows.device)
             self.steps_S[rows[once]] += 1
             places = rows if apart is None else first
             native.adam_rows_(

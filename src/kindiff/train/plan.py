@@ -11,7 +11,7 @@ import torch
 from kindiff.classes import ClassSet, numbered
 from kindiff.components import load_components
 from kindiff.components.assembly import freeze_learngenes
-from kindiff.components.build import Structure, check_rank, empty, sizes_of, slots_by_share, structure_of
+from kindiff.components.build import Structure, empty, sizes_of, slots_by_share, structure_of
 from kindiff.components.gates import TableGate
 from kindiff.config import (
     DataConfig,
@@ -35,7 +35,7 @@ from kindiff.runtime import device_of
 from kindiff.train.measuring import CPU_IMAGES, STEPS, measure
 from kindiff.train.memory import free, memory
 from kindiff.train.pretraining import new_model
-from kindiff.train.transferring import check_fit, model_to_train, transfer_objective
+from kindiff.train.transferring import check_fit, check_start, model_to_train, transfer_objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +134,7 @@ def transfer_plan(parts: Path, config: TransferConfig) -> Plan:
                 f"the data hold {found.channels} x {found.size} x {found.size} and the parts would be made for "
                 f"{origin.channels} x {origin.size} x {origin.size}."
             )
+        check_start(config, len(origin.classes), shape)
         ranks = recipe.kind.learngene_rank, recipe.kind.tailor_rank
         model = _transferred(shape, *ranks, config, found.classes)
     else:
@@ -144,6 +145,7 @@ def transfer_plan(parts: Path, config: TransferConfig) -> Plan:
             model = model_to_train(loaded, found.samples, config)
             to_measure = model.to
         else:
+            check_start(config, len(loaded.classes), shape)
             model = _transferred(shape, loaded.learngene_rank, loaded.tailor_rank, config, found.classes)
     objective = transfer_objective(shape)
     assert model.structure is not None
@@ -220,8 +222,6 @@ def _transferred(
 ) -> DiT:
     """The model that trains at transfer, without values. tailor_rank: of the parts, for a mixture of them."""
     known, shape = shape.num_classes, replace(shape, num_classes=len(classes))
-    for matrix in config.targets:
-        check_rank(config.rank, matrix, shape, what="tailor")
     slots, width = sizes_of(slots_by_share(len(classes), config.share))
     structure = Structure(
         rank=learngene_rank, tailor_rank=config.rank, slots=slots, gate_width=width, targets=config.targets

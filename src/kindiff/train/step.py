@@ -50,10 +50,11 @@ class Recorded:
                 return outputs
             if self.graph is None:
                 self.inputs = tuple(tensor.clone() for tensor in inputs)
-                self.graph = torch.cuda.CUDAGraph()
+                graph = torch.cuda.CUDAGraph()
                 # Only this thread records: another may be writing a checkpoint.
-                with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                     self.outputs = self.function(*self.inputs)
+                self.graph = graph
             for own, given in zip(self.inputs, inputs, strict=True):
                 own.copy_(given, non_blocking=True)
             self.graph.replay()

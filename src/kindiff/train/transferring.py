@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from kindiff.components import Components, decompose, load_autoencoder, load_components, mixture
+from kindiff.components.build import check_rank
 from kindiff.config import DiTConfig, ObjectiveConfig, TransferConfig
 from kindiff.data import open_samples
 from kindiff.data.sets import SampleSet
@@ -73,16 +74,22 @@ def transfer_objective(shape: DiTConfig) -> ObjectiveConfig:
     return usual if shape.null_gate == "class" else replace(usual, label_dropout=0.0)
 
 
+def check_start(config: TransferConfig, known: int, shape: DiTConfig) -> None:
+    """UsageError unless parts of this many known classes and this shape can start what the config asks for."""
+    for matrix in config.targets:
+        check_rank(config.rank, matrix, shape, what="tailor")
+    if config.init == "nearest" and not known:
+        raise UsageError("no tailor to start from: these parts hold learngenes only; set init fresh.")
+    if config.trains == "mixture" and config.mixes > known:
+        raise UsageError(
+            f"a mixture of {config.mixes} tailors is asked for and the parts hold {known}; set mixes to that or less."
+        )
+
+
 def model_to_train(parts: Components, samples: SampleSet, config: TransferConfig) -> DiT:
     """The parts' learngenes with fresh tailors for the samples' classes, as the config asks for them."""
-    if config.init == "nearest" and not parts.classes:
-        raise UsageError("no tailor to start from: these parts hold learngenes only; set init fresh.")
+    check_start(config, len(parts.classes), parts.config)
     mixes = config.mixes if config.trains == "mixture" else 0
-    if mixes > len(parts.classes):
-        raise UsageError(
-            f"a mixture of {mixes} tailors is asked for and the parts hold {len(parts.classes)}; set mixes to that or "
-            "less."
-        )
     found = nearest_classes(parts, samples, seed=config.train.seed) if config.init == "nearest" else {}
     if mixes:
         nearest = {name: names[:mixes] for name, names in found.items()}
