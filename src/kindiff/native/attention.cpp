@@ -53,12 +53,13 @@ inline void multiply_turned(const T* a, long apart, long R, const Unit<T>* b, T*
             const long n = std::min(STRIP, O - o);
             for_width<WIDE>(up(n, W), [&](auto width) {
                 constexpr long C = decltype(width)::value;
-                Vec sums[HIGH][C] = {};
+                Vec sums[HIGH][C];
+                each<HIGH, C>(C * W, HIGH, [&](long r, long c, long) { sums[r][c] = Vec{}; });
                 sum<T, HIGH, C>(sums, up(N, PAIR<T>), [&](long r, long s) { return some[s * W + first % W + r]; },
                                 b + o * up(N, PAIR<T>));
-                for (long r = 0; r < high; r++)
-                    for (long c = 0; c < C; c++)
-                        store(y + (first + r) * y_apart + o + c * W, sums[r][c], std::min(W, n - c * W));
+                each<HIGH, C>(n, high, [&](long r, long c, long width) {
+                    store(y + (first + r) * y_apart + o + c * W, sums[r][c], width);
+                });
             });
         }
     }

@@ -59,6 +59,19 @@ inline Vec added(Vec sum, Unit<T> a, Vec b) {
     return sum + (float)a * b;
 }
 
+// part(row, vector, its width) of the first `rows` of R rows that are n wide, C vectors; without a loop, so that the sums
+// that it names stay in registers
+template <long R, long C, class F>
+inline __attribute__((always_inline)) void each(long n, long rows, F&& part) {
+    const bool whole = n == C * W && rows == R;
+#pragma GCC unroll 8
+    for (long r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (long c = 0; c < C; c++)
+            if (whole) part(r, c, W);
+            else if (r < rows) part(r, c, std::min(W, n - c * W));
+}
+
 // sums += the steps' a (of row r) times packed b
 template <class T, long R, long C, class A>
 inline __attribute__((always_inline)) void sum(Vec (&sums)[R][C], long steps, A&& a, const Unit<T>* b) {
@@ -187,16 +200,13 @@ inline __attribute__((always_inline)) void add_product(Vec (&sums)[R][C], const 
 template <class T, long R, long C, class S>
 inline void tile(const T* a, long apart, long K, const Unit<T>* b, const T* h, long stride, long M, const Unit<T>* u,
                  const S* bias, T* y, long y_apart, long n) {
-    auto width = [&](long c) { return C == WIDE && n == STRIP ? W : std::min(W, n - c * W); };
     Vec sums[R][C];
-    for (long c = 0; c < C; c++) {
-        Vec start = bias ? load(bias + c * W, width(c)) : Vec{};
-        for (long r = 0; r < R; r++) sums[r][c] = start;
-    }
+    each<R, C>(n, R, [&](long r, long c, long width) {
+        sums[r][c] = r ? sums[0][c] : bias ? load(bias + c * W, width) : Vec{};
+    });
     add_product<T, R, C>(sums, a, apart, K, b);
     if (M) add_product<T, R, C>(sums, h, stride, M, u);
-    for (long r = 0; r < R; r++)
-        for (long c = 0; c < C; c++) store(y + r * y_apart + c * W, sums[r][c], width(c));
+    each<R, C>(n, R, [&](long r, long c, long width) { store(y + r * y_apart + c * W, sums[r][c], width); });
 }
 
 // y (O) = a b + h u + bias of rows first.. to end - 1; b and u are packed, strip after strip
@@ -232,14 +242,14 @@ void over_rows(const T* a, long a_apart, const T* b, long b_apart, Unit<T>* pack
                 const Unit<T>* from = packed_a + first / W * W * steps + k / P * W + first % W;
                 for_width<WIDE>(up(n, W), [&](auto width) {
                     constexpr long C = decltype(width)::value;
-                    Vec sums[HIGH][C] = {};
+                    const long high = std::min(HIGH, R - first);
+                    Vec sums[HIGH][C];
+                    each<HIGH, C>(C * W, HIGH, [&](long r, long c, long) { sums[r][c] = Vec{}; });
                     sum<T, HIGH, C>(sums, up(count, P), [&](long r, long s) { return from[s * W + r]; }, own);
-                    for (long r = 0; r < std::min(HIGH, R - first); r++)
-                        for (long c = 0; c < C; c++) {
-                            float* to = g + (first + r) * O + o + c * W;
-                            const long here = std::min(W, n - c * W);
-                            store(to, k ? load(to, here) + sums[r][c] : sums[r][c], here);
-                        }
+                    each<HIGH, C>(n, high, [&](long r, long c, long width) {
+                        float* to = g + (first + r) * O + o + c * W;
+                        store(to, k ? load(to, width) + sums[r][c] : sums[r][c], width);
+                    });
                 });
             }
         }

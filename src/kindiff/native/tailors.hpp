@@ -16,29 +16,24 @@ inline void by_rows(long from, long to, F&& part) {
 // h = x v^T of R rows and C components
 template <class T, long R, long C>
 inline void dots(const T* x, long I, const T* v, T* h, long stride) {
-    Vec sums[R][C] = {};
+    Vec sums[R][C];
+    each<R, C>(C * W, R, [&](long r, long c, long) { sums[r][c] = Vec{}; });
     long i = 0;
 #if defined(__AVX512BF16__)
     if constexpr (std::is_same_v<T, bf16>)
         for (; i + 2 * W <= I; i += 2 * W) {
-            __m512bh a, b[C];
-            for (long c = 0; c < C; c++) memcpy(&b[c], v + c * I + i, sizeof a);
-            for (long r = 0; r < R; r++) {
+            each<R, C>(C * W, R, [&](long r, long c, long) {
+                __m512bh a, b;
                 memcpy(&a, x + r * I + i, sizeof a);
-                for (long c = 0; c < C; c++) sums[r][c] = (Vec)_mm512_dpbf16_ps((__m512)sums[r][c], a, b[c]);
-            }
+                memcpy(&b, v + c * I + i, sizeof b);
+                sums[r][c] = (Vec)_mm512_dpbf16_ps((__m512)sums[r][c], a, b);
+            });
         }
 #endif
     by_vectors(i, I, [&](long i, long n) {
-        Vec b[C];
-        for (long c = 0; c < C; c++) b[c] = load(v + c * I + i, n);
-        for (long r = 0; r < R; r++) {
-            Vec a = load(x + r * I + i, n);
-            for (long c = 0; c < C; c++) sums[r][c] += a * b[c];
-        }
+        each<R, C>(C * W, R, [&](long r, long c, long) { sums[r][c] += load(x + r * I + i, n) * load(v + c * I + i, n); });
     });
-    for (long r = 0; r < R; r++)
-        for (long c = 0; c < C; c++) store(h + r * stride + c, Vec{} + total(sums[r][c]), 1);
+    each<R, C>(C * W, R, [&](long r, long c, long) { store(h + r * stride + c, Vec{} + total(sums[r][c]), 1); });
 }
 
 template <class T, long R>
