@@ -48,8 +48,9 @@ def device_of(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device {name!r} is asked for but this torch sees no GPU; use cpu or auto.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
         raise UsageError(
-            f"device {name!r} is asked for but this torch sees {torch.cuda.device_count()}; use cuda or auto."
+            f"device {name!r} is asked for but this torch sees none after cuda:{last}; use that or auto."
         )
     return device
 

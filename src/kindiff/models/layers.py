@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from kindiff import native
 from kindiff.models.activation import gelu
 
-FEWEST_TOKENS, FEW_TOKENS = 64, 256
-"""Up to which, in bf16, plain operations are faster than our kernel; and up to which attention in fp32 may keep all
-scores: the square of them, for each head."""
+FEW_TOKENS = 256
+"""Up to which attention in fp32 may keep all scores: the square of them, for each head."""
 
 
 class Gating(NamedTuple):
@@ -95,8 +94,8 @@ def _hooked(layer: nn.Module) -> bool:
 def attend(q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, heads: int) -> Tensor:
     """Attention of each head over the tokens: (B, T, D).
 
-    On a CPU (benchmarks/operations.py) by a kernel of ours, where there is one, in fp32 for few tokens and in bf16 for
-    more than FEWEST_TOKENS; else in bf16 by three plain operations, in training and everywhere without matrix units.
+    On a CPU (benchmarks/operations.py) by a kernel of ours, where there is one, in fp32 for few tokens; else in bf16 by
+    three plain operations, in training and everywhere without matrix units.
     All else is torch's fused kernel.
     """
     # Tuners may leave them in fp32.
@@ -104,8 +103,7 @@ def attend(q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, heads: int) -> Tensor:
     alike = (
         len({(part.dtype, part.shape) for part in (q_BTD, k_BTD, v_BTD)}) == 1 and q_BTD.shape[2] % heads == 0
     )
-    tokens, half = q_BTD.shape[1], q_BTD.dtype == torch.bfloat16
-    ours = tokens > FEWEST_TOKENS if half else keeps_scores(q_BTD.dtype, tokens)
+    ours = keeps_scores(q_BTD.dtype, q_BTD.shape[1])
     if alike and ours and native.multiplies(q_BTD, k_BTD, v_BTD):
         return native.attention(q_BTD, k_BTD, v_BTD, heads)
     q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in (q_BTD, k_BTD, v_BTD))

@@ -54,7 +54,7 @@ inline void multiply_turned(const T* a, long apart, long R, const Unit<T>* b, T*
             for_width<WIDE>(up(n, W), [&](auto width) {
                 constexpr long C = decltype(width)::value;
                 Vec sums[HIGH][C];
-                each<HIGH, C>(C * W, HIGH, [&](long r, long c, long) { sums[r][c] = Vec{}; });
+                clear(sums);
                 sum<T, HIGH, C>(sums, up(N, PAIR<T>), [&](long r, long s) { return some[s * W + first % W + r]; },
                                 b + o * up(N, PAIR<T>));
                 each<HIGH, C>(n, high, [&](long r, long c, long width) {

@@ -72,6 +72,11 @@ inline __attribute__((always_inline)) void each(long n, long rows, F&& part) {
             else if (r < rows) part(r, c, std::min(W, n - c * W));
 }
 
+template <long R, long C>
+inline __attribute__((always_inline)) void clear(Vec (&sums)[R][C]) {
+    each<R, C>(C * W, R, [&](long r, long c, long) { sums[r][c] = Vec{}; });
+}
+
 // sums += the steps' a (of row r) times packed b
 template <class T, long R, long C, class A>
 inline __attribute__((always_inline)) void sum(Vec (&sums)[R][C], long steps, A&& a, const Unit<T>* b) {
@@ -244,7 +249,7 @@ void over_rows(const T* a, long a_apart, const T* b, long b_apart, Unit<T>* pack
                     constexpr long C = decltype(width)::value;
                     const long high = std::min(HIGH, R - first);
                     Vec sums[HIGH][C];
-                    each<HIGH, C>(C * W, HIGH, [&](long r, long c, long) { sums[r][c] = Vec{}; });
+                    clear(sums);
                     sum<T, HIGH, C>(sums, up(count, P), [&](long r, long s) { return from[s * W + r]; }, own);
                     each<HIGH, C>(n, high, [&](long r, long c, long width) {
                         float* to = g + (first + r) * O + o + c * W;

@@ -17,7 +17,7 @@ inline void by_rows(long from, long to, F&& part) {
 template <class T, long R, long C>
 inline void dots(const T* x, long I, const T* v, T* h, long stride) {
     Vec sums[R][C];
-    each<R, C>(C * W, R, [&](long r, long c, long) { sums[r][c] = Vec{}; });
+    clear(sums);
     long i = 0;
 #if defined(__AVX512BF16__)
     if constexpr (std::is_same_v<T, bf16>)
