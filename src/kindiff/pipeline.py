@@ -55,11 +55,12 @@ class DiTPipeline:
 
     def check_draws_pictures(self) -> None:
         """UsageError for a latent model without its autoencoder, as one from a released file is: it draws latents."""
-        if self.autoencoder is None and (channels := self.model.config.channels) != 3:
+        config = self.model.config
+        if self.autoencoder is None and config.on_latents:
             raise UsageError(
-                f"the model works on latents of {channels} channels and has no autoencoder, so it draws no pictures; "
-                "`kindiff convert --to pipeline --vae ...` gives it one in diffusers, `kindiff pretrain --init` on "
-                "encoded images here."
+                f"the model works on latents of {config.channels} channels and has no autoencoder, so it draws no "
+                "pictures; `kindiff convert --to pipeline --vae ...` gives it one in diffusers, "
+                "`kindiff pretrain --init` on encoded images here."
             )
 
     @torch.inference_mode()

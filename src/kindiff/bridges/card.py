@@ -89,7 +89,7 @@ def _lines(folder: Path, run: Mapping[str, Any], score: Mapping[str, Any]) -> li
     front = ["---", "library_name: kindiff", "tags:", "- diffusion", "- dit", "- class-conditional"]
     front += ["- kind", "- decomposable", "---", ""] if structure else ["---", ""]
     kind = "Decomposable diffusion transformer" if structure else "Diffusion transformer"
-    space = "latents" if config.autoencoder or config.channels != 3 else "pixels"
+    space = "latents" if config.on_latents else "pixels"
     facts = {
         "Backbone": f"DiT, width {config.width}, depth {config.depth}, {config.heads} heads, patch {config.patch}",
         "Works on": f"{config.input_size} x {config.input_size} {space}, {config.channels} channels",

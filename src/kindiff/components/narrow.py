@@ -104,7 +104,7 @@ def _by_kernel(rows: Tensor, own_BMI: Tensor) -> bool:
 
 
 def _multiplied(rows: Tensor, factors: Tensor) -> bool:
-    return _usable(rows, factors) and native.multiplies(rows)
+    return rows.dtype in native.PRODUCTS and _usable(rows, factors)
 
 
 def _usable(rows: Tensor, others: Tensor) -> bool:

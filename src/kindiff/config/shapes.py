@@ -89,6 +89,11 @@ class DiTConfig:
         return (self.input_size // self.patch) ** 2
 
     @property
+    def on_latents(self) -> bool:
+        """Whether the input is latents: a model from a released file names no autoencoder, and its channels tell."""
+        return bool(self.autoencoder) or self.channels != 3
+
+    @property
     def hidden(self) -> int:
         return int(self.width * self.mlp_ratio)
 
